@@ -1,0 +1,261 @@
+// CPU kernels of rana::linear and rana::masked_linear for few rows (decode). Semantics: reference.py.
+//
+// Both are bound by the bytes of the weight they read. The masked product walks the live rows of weight_t
+// [d, d_out] eight at a time, so that eight streams are in flight, and prefetches the next eight; each thread
+// owns a range of output columns, so no atomics, and every output is summed in the same order whatever the
+// number of threads. Vectors are GCC/Clang vector extensions of 16 floats: the compiler lowers them to AVX-512, to
+// pairs of AVX2 registers, or to what the target has.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kLane = 16;          // floats in a vector
+constexpr int64_t kGroup = 8;          // weight rows read together
+constexpr int64_t kMaxRows = 16;       // input rows that share one pass over the weight
+constexpr int64_t kTile = 2048;        // output columns whose sums stay in the first-level cache (one input row)
+constexpr int64_t kMinBytes = 1 << 15; // weight bytes below which another thread does not pay
+
+typedef float Floats __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+typedef _Float16 Float16s __attribute__((vector_size(32), aligned(2)));
+
+inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
+inline Floats load(const at::BFloat16* p) {
+  const Halves raw = *reinterpret_cast<const Halves*>(p);
+  return reinterpret_cast<Floats>(__builtin_convertvector(raw, Words) << 16);
+}
+inline Floats load(const at::Half* p) {
+  return __builtin_convertvector(*reinterpret_cast<const Float16s*>(p), Floats);
+}
+
+inline float sum(Floats v) {
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+  return v[0];
+}
+
+// Scratch of one calling thread: grows to the largest site and stays.
+struct Scratch {
+  std::vector<float> x;
+  std::vector<int64_t> live;
+};
+Scratch& scratch() {
+  thread_local Scratch s;
+  return s;
+}
+
+int64_t grain(int64_t units, int64_t bytes) {
+  return std::max<int64_t>(1, units * kMinBytes / std::max<int64_t>(bytes, 1));
+}
+
+template <typename T>
+inline void store(T* out, const float* acc, const T* bias, int64_t n) {
+  for (int64_t c = 0; c < n; ++c) out[c] = static_cast<T>(bias ? acc[c] + static_cast<float>(bias[c]) : acc[c]);
+}
+
+// acc[c] += sum over k of v[k] * w[k][c]; COUNT rows at once, the next ones prefetched.
+template <int COUNT, typename T>
+inline void accumulate(float* acc, const float* v, const T* const* w, const T* const* next, int64_t n) {
+  int64_t c = 0;
+  for (; c + kLane <= n; c += kLane) {
+    Floats a = load(acc + c);
+    for (int k = 0; k < COUNT; ++k) {
+      a += v[k] * load(w[k] + c);
+      if (next) __builtin_prefetch(next[k] + c);
+    }
+    *reinterpret_cast<Floats*>(acc + c) = a;
+  }
+  for (; c < n; ++c)
+    for (int k = 0; k < COUNT; ++k) acc[c] = std::fma(v[k], static_cast<float>(w[k][c]), acc[c]);
+}
+
+// One range of columns [begin, end) of one tile, for all input rows.
+template <typename T>
+void masked_tile(const float* x, int64_t rows, int64_t d, const std::vector<int64_t>& live, const T* weight,
+                 int64_t d_out, int64_t begin, int64_t n, const T* bias, T* out, float* acc) {
+  std::fill(acc, acc + rows * n, 0.0f);
+  const int64_t count = static_cast<int64_t>(live.size());
+  const T* w[kGroup];
+  const T* next[kGroup];
+  float v[kGroup];
+  int64_t i = 0;
+  for (; i + kGroup <= count; i += kGroup) {
+    const bool more = i + 2 * kGroup <= count;
+    for (int64_t k = 0; k < kGroup; ++k) {
+      w[k] = weight + live[i + k] * d_out + begin;
+      next[k] = more ? weight + live[i + kGroup + k] * d_out + begin : nullptr;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t k = 0; k < kGroup; ++k) v[k] = x[r * d + live[i + k]];
+      accumulate<kGroup, T>(acc + r * n, v, w, more && r == 0 ? next : nullptr, n);
+    }
+  }
+  for (; i < count; ++i) {
+    w[0] = weight + live[i] * d_out + begin;
+    for (int64_t r = 0; r < rows; ++r) accumulate<1, T>(acc + r * n, x + r * d + live[i], w, nullptr, n);
+  }
+  for (int64_t r = 0; r < rows; ++r) store(out + r * d_out + begin, acc + r * n, bias ? bias + begin : nullptr, n);
+}
+
+template <typename T>
+void masked_rows(const T* z, int64_t rows, int64_t d, const float* threshold, const T* weight, int64_t d_out,
+                 const T* bias, T* out) {
+  Scratch& s = scratch();
+  s.x.resize(rows * d);
+  s.live.clear();
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < d; ++j) {
+      const float value = static_cast<float>(z[r * d + j]);
+      s.x[r * d + j] = std::fabs(value) < threshold[j] ? 0.0f : value;  // NaN is kept
+    }
+  for (int64_t j = 0; j < d; ++j) {
+    bool any = false;
+    for (int64_t r = 0; r < rows; ++r) any |= s.x[r * d + j] != 0.0f;  // a kept zero adds nothing
+    if (any) s.live.push_back(j);
+  }
+  const float* x = s.x.data();
+  const std::vector<int64_t>& live = s.live;
+  const int64_t blocks = (d_out + kLane - 1) / kLane;
+  const int64_t tile = std::max(kLane, kTile / rows / kLane * kLane);
+  const int64_t bytes = static_cast<int64_t>(live.size()) * d_out * sizeof(T);
+  at::parallel_for(0, blocks, grain(blocks, bytes), [&](int64_t first, int64_t last) {
+    thread_local std::vector<float> acc;
+    acc.resize(tile * rows);
+    const int64_t end = std::min(last * kLane, d_out);
+    for (int64_t begin = first * kLane; begin < end; begin += tile)
+      masked_tile(x, rows, d, live, weight, d_out, begin, std::min(tile, end - begin), bias, out, acc.data());
+  });
+}
+
+// COUNT outputs at once: COUNT weight rows streamed against x in float32.
+template <int COUNT, typename T>
+inline void dot(const float* x, const T* weight, int64_t d, float* result) {
+  Floats a[COUNT] = {};
+  int64_t c = 0;
+  for (; c + kLane <= d; c += kLane) {
+    const Floats v = load(x + c);
+    for (int k = 0; k < COUNT; ++k) {
+      a[k] += v * load(weight + k * d + c);
+      __builtin_prefetch(weight + (k + COUNT) * d + c);
+    }
+  }
+  for (int k = 0; k < COUNT; ++k) {
+    result[k] = sum(a[k]);
+    for (int64_t t = c; t < d; ++t) result[k] = std::fma(x[t], static_cast<float>(weight[k * d + t]), result[k]);
+  }
+}
+
+template <typename T>
+void dense_rows(const T* x, int64_t rows, int64_t d, const T* weight, int64_t d_out, const T* bias, T* out) {
+  Scratch& s = scratch();
+  s.x.resize(rows * d);
+  for (int64_t i = 0; i < rows * d; ++i) s.x[i] = static_cast<float>(x[i]);
+  const float* wide = s.x.data();
+  const int64_t groups = (d_out + kGroup - 1) / kGroup;
+  at::parallel_for(0, groups, grain(groups, d * d_out * sizeof(T)), [&](int64_t first, int64_t last) {
+    float result[kGroup];
+    for (int64_t g = first; g < last; ++g) {
+      const int64_t o = g * kGroup, n = std::min(kGroup, d_out - o);
+      for (int64_t r = 0; r < rows; ++r) {
+        if (n == kGroup)
+          dot<kGroup>(wide + r * d, weight + o * d, d, result);
+        else
+          for (int64_t k = 0; k < n; ++k) dot<1>(wide + r * d, weight + (o + k) * d, d, result + k);
+        store(out + r * d_out + o, result, bias ? bias + o : nullptr, n);
+      }
+    }
+  });
+}
+
+void check(const Tensor& x, const Tensor& weight, int64_t d_in, int64_t d_out, const std::optional<Tensor>& bias) {
+  TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2, "expected an input of 1 or more dimensions and a weight of 2, got ",
+              x.dim(), " and ", weight.dim());
+  TORCH_CHECK(x.size(-1) == d_in, "the input has ", x.size(-1), " features, the weight expects ", d_in);
+  TORCH_CHECK(weight.is_contiguous(), "the weight must be contiguous; call .contiguous() on it once");
+  TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "input and weight must share a dtype, got ", x.scalar_type(),
+              " and ", weight.scalar_type(), "; convert one of them");
+  if (bias) {
+    TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->numel() == d_out && bias->is_contiguous(),
+                "expected a contiguous bias of ", d_out, " elements of ", x.scalar_type());
+  }
+}
+
+template <typename F>
+void dispatch(at::ScalarType type, F&& f) {
+  if (type == at::kFloat)
+    f(float{});
+  else if (type == at::kBFloat16)
+    f(at::BFloat16{});
+  else if (type == at::kHalf)
+    f(at::Half{});
+  else
+    TORCH_CHECK(false, "rana kernels take float32, bfloat16 and float16, got ", type);
+}
+
+// Rows of a contiguous input, at most kMaxRows a time, each chunk through `f(x, rows, out)`.
+template <typename T, typename F>
+Tensor by_chunks(const Tensor& input, int64_t d_out, F&& f) {
+  const Tensor x = input.contiguous();
+  auto sizes = x.sizes().vec();
+  const int64_t d = sizes.back();
+  sizes.back() = d_out;
+  Tensor out = at::empty(sizes, x.options());
+  const int64_t rows = d_out == 0 ? 0 : out.numel() / d_out;
+  for (int64_t r = 0; r < rows; r += kMaxRows)
+    f(x.const_data_ptr<T>() + r * d, std::min(kMaxRows, rows - r), out.mutable_data_ptr<T>() + r * d_out);
+  return out;
+}
+
+template <typename T>
+const T* data(const std::optional<Tensor>& bias) {
+  return bias ? bias->const_data_ptr<T>() : nullptr;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check(x, weight, weight.dim() == 2 ? weight.size(1) : 0, weight.size(0), bias);
+  Tensor out;
+  dispatch(x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    out = by_chunks<T>(x, weight.size(0), [&](const T* in, int64_t rows, T* y) {
+      dense_rows<T>(in, rows, weight.size(1), weight.const_data_ptr<T>(), weight.size(0), data<T>(bias), y);
+    });
+  });
+  return out;
+}
+
+Tensor masked_linear(const Tensor& z, const Tensor& threshold, const Tensor& weight_t,
+                     const std::optional<Tensor>& bias) {
+  check(z, weight_t, weight_t.size(0), weight_t.dim() == 2 ? weight_t.size(1) : 0, bias);
+  TORCH_CHECK(threshold.scalar_type() == at::kFloat && threshold.is_contiguous() &&
+                  threshold.numel() == weight_t.size(0),
+              "expected a contiguous float32 threshold of ", weight_t.size(0), " elements, got ", threshold.numel(),
+              " of ", threshold.scalar_type());
+  Tensor out;
+  dispatch(z.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    out = by_chunks<T>(z, weight_t.size(1), [&](const T* in, int64_t rows, T* y) {
+      masked_rows<T>(in, rows, weight_t.size(0), threshold.const_data_ptr<float>(), weight_t.const_data_ptr<T>(),
+                     weight_t.size(1), data<T>(bias), y);
+    });
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rana, CPU, m) {
+  m.impl("linear", linear);
+  m.impl("masked_linear", masked_linear);
+}

@@ -1,0 +1,101 @@
+"""Build the C++ kernels once per machine and load them.
+
+The library lies in a cache directory under a name that hashes everything it depends on (source, PyTorch,
+compiler, processor flags); it is compiled to a temporary name and renamed, so that processes may race and
+a killed build leaves nothing behind. Without a compiler the plain reference is registered, with a warning.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from rana_compile.kernels import reference
+from rana_compile.kernels.ops import LIBRARY
+from rana_compile.types import RanaError
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", "-std=c++20")
+
+
+def register() -> None:
+    """Load the C++ kernels, or, without a compiler, the plain forms."""
+    compiler = find_compiler()
+    if compiler is None:
+        log.warning(
+            "no C++ compiler found (looked for $CXX, g++, clang++): adapted layers run in plain PyTorch, which is "
+            "slower than the dense model. Install g++ and run again"
+        )
+        LIBRARY.impl("linear", reference.linear, "CPU")
+        LIBRARY.impl("masked_linear", reference.masked_linear, "CPU")
+        return
+    torch.ops.load_library(build(compiler, cache_directory()))
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler to use: $CXX, else g++, else clang++."""
+    return next((path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None)
+
+
+def cache_directory() -> Path:
+    """$RANA_COMPILE_CACHE, else the user's cache directory; a temporary one, with a warning, if that is read-only."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    path = Path(os.environ.get("RANA_COMPILE_CACHE") or Path(home) / "rana_compile")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        fallback = Path(tempfile.mkdtemp(prefix="rana_compile_"))
+        log.warning("cannot write to %s (%s): kernels are built in %s for this run only", path, error, fallback)
+        return fallback
+
+
+def build(compiler: str, directory: Path) -> Path:
+    """The compiled library in ``directory``, built if it is not there. Raises RanaError with the compiler's words."""
+    library = directory / f"cpu_{_fingerprint(compiler)}.so"
+    if library.exists():
+        return library
+    log.info("building CPU kernels in %s (about half a minute, once per machine)", directory)
+    handle, temporary = tempfile.mkstemp(dir=directory, suffix=".so.tmp")
+    os.close(handle)
+    try:
+        command = [compiler, *FLAGS, str(SOURCE), *_torch_flags(), "-o", temporary]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise RanaError(f"{compiler} could not build the CPU kernels:\n{result.stderr[-2000:]}")
+        os.replace(temporary, library)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return library
+
+
+def _torch_flags() -> list[str]:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    abi = int(torch.compiled_with_cxx11_abi())
+    includes = [f"-I{path}" for path in include_paths()]
+    libraries = [f"-L{path}" for path in library_paths()]
+    return [f"-D_GLIBCXX_USE_CXX11_ABI={abi}", *includes, *libraries, "-lc10", "-ltorch_cpu"]
+
+
+def _fingerprint(compiler: str) -> str:
+    """Hash of what the library depends on, the processor ``-march=native`` stands for included."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    parts = (SOURCE.read_text(), torch.__version__, version, " ".join(FLAGS), platform.machine(), _processor())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()
+    return next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "")

@@ -1,0 +1,52 @@
+"""The ops ``torch.ops.rana.*``: schema and shape rule once, implementations per device on demand.
+
+To add a device: one file that registers its implementations, and one line in ``_LOADERS``. To add an op: its plain
+form in ``reference.py``, its schema here, and an implementation per device.
+"""
+
+import threading
+from functools import cache
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from rana_compile.types import RanaError
+
+LIBRARY = torch.library.Library("rana", "DEF")  # noqa: TOR901
+LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+LIBRARY.define("masked_linear(Tensor z, Tensor threshold, Tensor weight_t, Tensor? bias) -> Tensor")
+
+_LOADERS = {"cpu": "rana_compile.kernels.cpu"}
+_LOCK = threading.Lock()
+
+
+@torch.library.register_fake("rana::linear", lib=LIBRARY)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("rana::masked_linear", lib=LIBRARY)
+def _(z: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
+    return z.new_empty((*z.shape[:-1], weight_t.shape[1]))
+
+
+def is_supported(device_type: str) -> bool:
+    """Whether there are masked kernels for this kind of device."""
+    return device_type in _LOADERS
+
+
+def load(device_type: str) -> None:
+    """Make the implementations for a device available; builds them at the first use on a machine.
+
+    Raises RanaError for a device without kernels.
+    """
+    if not is_supported(device_type):
+        raise RanaError(f"no masked kernels for device {device_type!r}; known: {', '.join(_LOADERS)}")
+    with _LOCK:
+        _register(device_type)
+
+
+@cache
+def _register(device_type: str) -> None:
+    import_module(_LOADERS[device_type]).register()

@@ -1,0 +1,83 @@
+"""Run a Dynamo graph node by node, with every site in the hands of a handler: for calibration, not for speed.
+
+One handler records inputs and gradients, another computes adapters; the graph itself is never changed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext
+
+from rana_compile.passes.find import find_sites
+from rana_compile.passes.match import Found, Match
+from rana_compile.types import RanaError, Site
+
+Handler = Callable[[Site, Tensor, Sequence[Tensor], Sequence[Tensor | None]], Sequence[Tensor]]
+
+
+class SiteInterpreter(fx.Interpreter):
+    """Executes a graph; ``handler(site, x, weights, biases)`` gives the outputs of a site's linears."""
+
+    def __init__(self, gm: fx.GraphModule, matches: Sequence[Match], handler: Handler) -> None:
+        super().__init__(gm)
+        self._matches = {lin.node: (match, i) for match in matches for i, lin in enumerate(match.linears)}
+        self._outputs: dict[int, Sequence[Tensor]] = {}
+        self._handler = handler
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n not in self._matches:
+            return super().run_node(n)
+        match, index = self._matches[n]
+        if id(match) not in self._outputs:
+            weights = [self.env[lin.weight] for lin in match.linears]
+            biases = [None if lin.bias is None else self.env[lin.bias] for lin in match.linears]
+            self._outputs[id(match)] = self._handler(match.site, self.env[match.x], weights, biases)
+        return self._outputs[id(match)][index]
+
+
+class Capture:
+    """A backend for ``torch.compile`` that keeps what it finds and runs the graph through ``handler``."""
+
+    def __init__(self, eligible: Callable[[str], str | None], regroup: Callable[[Found], Found]) -> None:
+        self.handler: Handler | None = None
+        self.found: list[Found] = []
+        self.codes: set[CodeType] = set()
+        self._eligible = eligible
+        self._regroup = regroup
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        found = self._regroup(find_sites(gm, self._eligible))
+        self.found.append(found)
+        context = TracingContext.try_get()
+        self.codes.update(getattr(context, "traced_code", None) or ())
+        return lambda *args: SiteInterpreter(gm, found.matches, self._current()).run(*args)
+
+    def _current(self) -> Handler:
+        if self.handler is None:
+            raise RanaError("a captured graph was called outside of calibration")
+        return self.handler
+
+
+@contextmanager
+def capturing(
+    model: torch.nn.Module,
+    eligible: Callable[[str], str | None] = lambda name: None,
+    regroup: Callable[[Found], Found] = lambda found: found,
+) -> Iterator[tuple[Callable[..., Any], Capture]]:
+    """Yields (the model as a callable whose graphs run through ``capture.handler``, the capture).
+
+    Afterwards Dynamo forgets these graphs, so that nothing stays alive and later compilations start clean.
+    """
+    capture = Capture(eligible, regroup)
+    with torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024):
+        try:
+            yield torch.compile(model, backend=capture), capture
+        finally:
+            capture.handler = None
+            capture.found.clear()
+            for code in capture.codes:
+                torch._dynamo.reset_code(code)

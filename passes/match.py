@@ -1,0 +1,139 @@
+"""Values the patterns share: a linear node seen uniformly, a match, and the graph questions.
+
+A ``Match`` holds live ``fx.Node``s and belongs to one graph; its ``Site`` is portable.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import networkx as nx
+import torch
+from torch import fx
+
+from rana_compile.types import Site, Skipped
+
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "setitem"}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One ``torch._C._nn.linear`` node: y = x Wᵀ + b, W [d_out, d_in]."""
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    weight_name: str
+
+    @property
+    def d_out(self) -> int:
+        return int(shape(self.weight)[0])
+
+    @property
+    def d_in(self) -> int:
+        return int(shape(self.weight)[1])
+
+
+@dataclass(frozen=True)
+class Match:
+    """A site in a graph: the linears (in the site's order) that an adapter replaces."""
+
+    site: Site
+    linears: tuple[Linear, ...]
+
+    @property
+    def x(self) -> fx.Node:
+        return self.linears[0].x
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the input if fixed at compile time (batch · sequence), else None."""
+        rows = 1
+        for size in shape(self.x)[:-1]:
+            if not isinstance(size, int):
+                return None
+            rows *= size
+        return rows
+
+
+@dataclass(frozen=True)
+class Block:
+    """An MLP: its two sites and the elementwise region between them.
+
+    Attributes:
+        up, down: the sites; ``up`` is the stack of gate and up where the MLP is gated.
+        inputs: the nodes the region starts from, (gate, up) or (up,).
+        hidden: the node it ends in, the input of ``down``.
+    """
+
+    name: str
+    up: Site
+    down: Site
+    inputs: tuple[fx.Node, ...]
+    hidden: fx.Node
+    region: frozenset[fx.Node]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What ``find_sites`` found in one graph."""
+
+    matches: tuple[Match, ...]
+    blocks: tuple[Block, ...]
+    skipped: tuple[Skipped, ...]
+
+
+@dataclass
+class Search:
+    """A graph being searched: its linears, which of them are claimed, what was given up and why."""
+
+    graph: fx.Graph
+    linears: Mapping[fx.Node, Linear]
+    digraph: nx.DiGraph
+    claimed: set[fx.Node] = field(default_factory=set)
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def free(self) -> Iterable[Linear]:
+        """Linears not yet claimed, in graph order."""
+        return [linear for node, linear in self.linears.items() if node not in self.claimed]
+
+    def skip(self, name: str, reason: str) -> None:
+        self.skipped.append(Skipped(name, reason))
+
+
+def digraph_of(graph: fx.Graph) -> nx.DiGraph:
+    """Data flow of a graph: an edge from each node to each of its users."""
+    digraph = nx.DiGraph()
+    digraph.add_nodes_from(graph.nodes)
+    digraph.add_edges_from((node, user) for node in graph.nodes for user in node.users)
+    return digraph
+
+
+def escapes(nodes: set[fx.Node], outputs: set[fx.Node]) -> list[fx.Node]:
+    """Nodes, other than the outputs, that someone outside uses: their values may not disappear."""
+    return [n for n in nodes - outputs if any(user not in nodes for user in n.users)]
+
+
+def is_convex(digraph: nx.DiGraph, nodes: set[fx.Node]) -> bool:
+    """Whether no path leaves the set and comes back, so that the set can be replaced by one node."""
+    leaving = {v for u in nodes for v in digraph.successors(u)} - nodes
+    outside = digraph.subgraph(set(digraph) - nodes)
+    reachable = set(leaving).union(*(nx.descendants(outside, v) for v in leaving)) if leaving else set()
+    return not any(v in nodes for u in reachable for v in digraph.successors(u))
+
+
+def op_name(node: fx.Node) -> str:
+    """The name of the function or method a node calls, or an empty string."""
+    if node.op == "call_method":
+        return str(node.target)
+    return str(getattr(node.target, "__name__", "")) if node.op == "call_function" else ""
+
+
+def is_mutated(node: fx.Node) -> bool:
+    """Whether a user changes the value in place (``add_``, ``iadd``), so that its readers may not be moved."""
+    names = {op_name(user) for user in node.users}
+    return any(name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) for name in names)
+
+
+def shape(node: fx.Node) -> torch.Size:
+    return node.meta["example_value"].shape

@@ -1,0 +1,165 @@
+"""Put adapters into a Dynamo graph: ``GraphModule + adapters → GraphModule``; the given graph is never changed.
+
+    linear(x, Wq), linear(x, Wk), linear(x, Wv)   →  out = adapter(x, …); getitem(out, 0), (out, 1), (out, 2)
+
+A site is lowered to its masked kernels where the row count is fixed and small, else to the masked dense form in
+plain torch, which Inductor fuses and autograd differentiates. Fitted tensors become buffers, which are
+lifted inputs: the code depends on shapes alone, so a cached artefact is never stale.
+"""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+
+from rana_compile.adapters import FAMILIES, Tensors
+from rana_compile.adapters.base import stack
+from rana_compile.passes.match import Linear, Match
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How one match is lowered.
+
+    Attributes:
+        family: a name in FAMILIES, or ``dense``.
+        decode: through the masked kernels (few rows, no gradients).
+        buffers: tensors of the form chosen; keys as the family's ``pack`` (decode) or ``stored`` and ``derive``.
+    """
+
+    match: Match
+    family: str
+    decode: bool
+    buffers: Tensors
+
+
+def rewrite(gm: fx.GraphModule, lowerings: Sequence[Lowering]) -> fx.GraphModule:
+    """A copy of ``gm`` in which every lowering's linears are replaced. Linted and recompiled."""
+    copy, env = copy_dynamo_graph(gm)
+    for lowering in lowerings:
+        nodes = {name: _buffer(copy, lowering.match, name, t) for name, t in lowering.buffers.items()}
+        _replace(copy.graph, lowering, nodes, env)
+    copy.graph.lint()
+    copy.recompile()
+    return copy
+
+
+def copy_dynamo_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, Mapping[fx.Node, fx.Node]]:
+    """A copy that AOTAutograd accepts, and the map from old nodes to new ones.
+
+    The one place that touches Dynamo's private attributes: ``_dynamo_source`` on placeholders and
+    ``_param_name_to_source`` on the module are not carried over by copying.
+    """
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, env))
+    for old, new in env.items():
+        if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    output = next(node for node in gm.graph.nodes if node.op == "output")
+    next(node for node in graph.nodes if node.op == "output").meta = dict(output.meta)
+    copy = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    copy._param_name_to_source = dict(getattr(gm, "_param_name_to_source", None) or {})  # type: ignore[assignment]
+    return copy, env
+
+
+def _buffer(gm: fx.GraphModule, match: Match, name: str, tensor: Tensor) -> fx.Node:
+    """A buffer of the graph module, registered so that AOTAutograd lifts it, and the node that reads it."""
+    key = f"rana_{match.linears[0].node.name}_{name}"
+    gm.register_buffer(key, tensor)
+    gm._param_name_to_source[key] = ConstantSource(key)  # type: ignore[index, operator]
+    first = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    with gm.graph.inserting_before(first):
+        return gm.graph.get_attr(key)
+
+
+def _replace(graph: fx.Graph, lowering: Lowering, buffers: Mapping[str, fx.Node], env: Mapping[fx.Node, fx.Node]) -> None:
+    linears = lowering.match.linears
+    targets = [env[lin.node] for lin in linears]
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    first = min(targets, key=order.__getitem__)
+    with graph.inserting_before(first):
+        outputs = _emit(graph, lowering, buffers, env)
+    for target, output in zip(targets, outputs, strict=True):
+        output.meta = dict(target.meta)
+        target.replace_all_uses_with(output)
+        graph.erase_node(target)
+
+
+def _emit(
+    graph: fx.Graph, lowering: Lowering, buffers: Mapping[str, fx.Node], env: Mapping[fx.Node, fx.Node]
+) -> list[fx.Node]:
+    linears = lowering.match.linears
+    x = env[linears[0].x]
+    if lowering.decode:
+        return _emit_decode(graph, lowering, buffers, x, env)
+    weights = tuple(env[lin.weight] for lin in linears)
+    biases = tuple(None if lin.bias is None else env[lin.bias] for lin in linears)
+    call = graph.call_function(_forward(lowering.family, len(lowering.buffers)), (x, weights, biases, dict(buffers)))
+    return [graph.call_function(operator.getitem, (call, i)) for i in range(len(linears))]
+
+
+def _forward(family: str, given: int) -> Callable[..., tuple[Tensor, ...]]:
+    """The family's plain form; what derives from the weights is computed in the graph unless it was folded."""
+    chosen = FAMILIES[family]
+
+    def adapter(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], tensors: Tensors):  # type: ignore[no-untyped-def]
+        if given == len(chosen.stored):
+            tensors = tensors | chosen.derive(weights, tensors)
+        return chosen.forward(x, weights, biases, tensors)
+
+    adapter.__name__ = adapter.__qualname__ = f"rana_{family}"
+    return adapter
+
+
+def _emit_decode(
+    graph: fx.Graph,
+    lowering: Lowering,
+    buffers: Mapping[str, fx.Node],
+    x: fx.Node,
+    env: Mapping[fx.Node, fx.Node],
+) -> list[fx.Node]:
+    linears = lowering.match.linears
+    if lowering.family == "dense":
+        return [graph.call_function(_dense_decode, (x, env[lin.weight], _bias(env, lin))) for lin in linears]
+    bias = _stacked_bias(graph, linears, env)
+    call = graph.call_function(_decode(lowering.family), (x, dict(buffers), bias))
+    if len(linears) == 1:
+        return [call]
+    sizes = [lin.d_out for lin in linears]
+    parts = graph.call_method("split", (call, sizes), {"dim": -1})
+    return [graph.call_function(operator.getitem, (parts, i)) for i in range(len(linears))]
+
+
+def _dense_decode(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.rana.linear(x, weight, bias)
+
+
+def _decode(family: str) -> Callable[..., Tensor]:
+    def adapter(x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
+        return FAMILIES[family].decode(x, packed, bias)
+
+    adapter.__name__ = adapter.__qualname__ = f"rana_{family}_decode"
+    return adapter
+
+
+def _bias(env: Mapping[fx.Node, fx.Node], linear: Linear) -> fx.Node | None:
+    return None if linear.bias is None else env[linear.bias]
+
+
+def _stacked_bias(graph: fx.Graph, linears: Sequence[Linear], env: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
+    biases = [_bias(env, lin) for lin in linears]
+    if all(b is None for b in biases):
+        return None
+    weights = [env[lin.weight] for lin in linears]
+    return graph.call_function(stack_biases, (weights, biases))
+
+
+def stack_biases(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """Biases of stacked weights as one [d_out], zeros where there is none."""
+    return stack([w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)])
+

@@ -1,0 +1,35 @@
+"""rana_compile: ``torch.compile(model, backend="rana")`` computes, token by token, only the ranks and neurons that matter.
+
+    plan = rana_compile.calibrate(model, batches, flops_budget=0.6)
+    model.compile(backend="rana", options={"plan": plan})
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rana_compile.backend import adapted as adapted
+    from rana_compile.calibration import calibrate as calibrate
+    from rana_compile.calibration import measure_cost as measure_cost
+    from rana_compile.plan import Plan as Plan
+    from rana_compile.types import ConfigError as ConfigError
+    from rana_compile.types import PlanError as PlanError
+    from rana_compile.types import RanaError as RanaError
+
+_WHERE = {
+    "Plan": "plan",
+    "calibrate": "calibration",
+    "measure_cost": "calibration",
+    "adapted": "backend",
+    "ConfigError": "types",
+    "PlanError": "types",
+    "RanaError": "types",
+}
+__all__ = ["ConfigError", "Plan", "PlanError", "RanaError", "adapted", "calibrate", "measure_cost"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

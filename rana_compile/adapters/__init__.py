@@ -1,0 +1,10 @@
+"""Adapter families: what may replace a dense linear. To add one: a file here and a line in ``FAMILIES``."""
+
+from rana_compile.adapters.base import Family, Tensors
+from rana_compile.adapters.low_rank import LowRank
+from rana_compile.adapters.neuron import Neuron
+from rana_compile.adapters.rank import Rank
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (Neuron(), Rank(), LowRank())}
+
+__all__ = ["FAMILIES", "Family", "Tensors"]

@@ -1,0 +1,58 @@
+"""The protocol of an adapter family, and the arithmetic the families share.
+
+Every family is the masked product of METHOD.md, ``z = T x; y = A (m * z) + b``; it says what T and A
+are, what is stored in a plan, and what must be derived from the model's own weights.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rana_compile.types import Site
+
+Tensors = dict[str, Tensor]
+
+
+class Family(Protocol):
+    """How one kind of adapter computes, stores and costs. Stateless.
+
+    ``weights`` are the site's parameters [d_out_i, d_in], ``biases`` the matching biases or None,
+    ``tensors`` what the plan stores plus what ``derive`` gives.
+    """
+
+    name: str
+    stored: tuple[str, ...]
+
+    def derive(self, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
+        """Tensors that follow from the weights, differentiable in them; folded for inference."""
+
+    def coordinates(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """The numbers that are masked: x [..., d_in] -> z [..., d_basis]."""
+
+    def forward(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], tensors: Tensors
+    ) -> tuple[Tensor, ...]:
+        """Masked dense form in plain torch: one output [..., d_out_i] per weight. Differentiable; any row count."""
+
+    def pack(self, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
+        """Contiguous layouts, in the weights' dtype, for ``decode``."""
+
+    def decode(self, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
+        """The same through the masked kernels, for few rows: x [..., d_in] -> [..., d_out] (stacked)."""
+
+    def flops(self, site: Site, live: float, tensors: Tensors) -> float:
+        """FLOPs per token when ``live`` coordinates survive on average."""
+
+
+def stack(parts: Sequence[Tensor]) -> Tensor:
+    """Parts along the output dimension; no copy for one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=0)
+
+
+def split_linear(z: Tensor, weight: Tensor, biases: Sequence[Tensor | None], d_outs: Sequence[int]) -> tuple[Tensor, ...]:
+    """One product with a stacked weight [d_out, d], split into the parts' outputs."""
+    parts = F.linear(z, weight).split(list(d_outs), dim=-1)
+    return tuple(part if b is None else part + b for part, b in zip(parts, biases, strict=True))

@@ -1,0 +1,49 @@
+"""Rank adapter, the paper's (METHOD.md, algorithm 1): ``z = B x``, skip the small ``z_j``, ``y = U (m * z) + b``.
+
+``U`` [d_out, r] has orthonormal columns (the left singular vectors of W X), ``B = Uᵀ W`` is derived from the
+model's own weights, and ``threshold`` [r] (float32) is compared with ``abs(z_j)``.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rana_compile.adapters.base import Tensors, split_linear, stack
+from rana_compile.flops import masked_flops
+from rana_compile.kernels.reference import apply_threshold
+from rana_compile.types import Site
+
+
+class Rank:
+    name = "rank"
+    stored: tuple[str, ...] = ("output_basis", "threshold")
+
+    def derive(self, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
+        weight = stack(weights)
+        basis = tensors["output_basis"].t().float() @ weight.float()  # [r, d_in]
+        return {"basis": basis.to(weight.dtype)}
+
+    def coordinates(self, x: Tensor, tensors: Tensors) -> Tensor:
+        return torch.nn.functional.linear(x, tensors["basis"])
+
+    def forward(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], tensors: Tensors
+    ) -> tuple[Tensor, ...]:
+        z = apply_threshold(self.coordinates(x, tensors), tensors["threshold"])
+        return split_linear(z, tensors["output_basis"].to(z.dtype), biases, [w.shape[0] for w in weights])
+
+    def pack(self, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
+        dtype = weights[0].dtype
+        return {
+            "basis": self.derive(weights, tensors)["basis"].contiguous(),
+            "threshold": tensors["threshold"],
+            "weight_t": tensors["output_basis"].to(dtype).t().contiguous(),  # [r, d_out]
+        }
+
+    def decode(self, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
+        z = torch.ops.rana.linear(x, packed["basis"], None)
+        return torch.ops.rana.masked_linear(z, packed["threshold"], packed["weight_t"], bias)
+
+    def flops(self, site: Site, live: float, tensors: Tensors) -> float:
+        return masked_flops(tensors["output_basis"].shape[1], site.d_in) + masked_flops(live, site.d_out)

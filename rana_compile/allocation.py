@@ -1,0 +1,96 @@
+"""Choose one candidate per site under one budget: a multiple-choice knapsack (pure, no graphs, no tensors).
+
+    minimise Σ price_i(k_i)   subject to   Σ cost_i(k_i) ≤ budget
+
+Lagrangian sweep: on each site's lower convex hull the best candidate for a multiplier is found by
+slope, so taking all hull steps in order of price per cost solves the relaxation; what is left of the
+budget is then spent on the best single exchanges, off-hull candidates included. Source: Sinha &
+Zoltners 1979, "The multiple-choice knapsack problem".
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rana_compile.types import ConfigError
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a candidate costs (FLOPs, bytes or seconds per token) and the loss increase it brings (nats)."""
+
+    cost: float
+    price: float
+
+
+def allocate(sites: Sequence[Sequence[Option]], budget: float) -> list[int]:
+    """The chosen option of each site.
+
+    Raises:
+        ConfigError: if even the cheapest options exceed the budget (the message states the least budget).
+    """
+    least = sum(min(o.cost for o in options) for options in sites)
+    if least > budget * (1 + 1e-12):
+        raise ConfigError(f"the budget {budget:.4g} cannot be reached: the cheapest candidates cost {least:.4g}")
+    chosen = [_cheapest(options) for options in sites]
+    left = budget - sum(options[k].cost for options, k in zip(sites, chosen, strict=True))
+    for _, i, k in sorted(_hull_steps(sites)):
+        step = sites[i][k].cost - sites[i][chosen[i]].cost
+        if step <= left and sites[i][k].price < sites[i][chosen[i]].price:
+            chosen[i] = k
+            left -= step
+    return _spend(sites, chosen, left)
+
+
+def _cheapest(options: Sequence[Option]) -> int:
+    return min(range(len(options)), key=lambda k: (options[k].cost, options[k].price))
+
+
+def _hull_steps(sites: Sequence[Sequence[Option]]) -> list[tuple[float, int, int]]:
+    """(slope = -price saved per cost, site, option reached) for every step on every hull."""
+    steps = []
+    for i, options in enumerate(sites):
+        hull = convex_hull(options)
+        for a, b in zip(hull, hull[1:], strict=False):
+            slope = (options[b].price - options[a].price) / (options[b].cost - options[a].cost)
+            steps.append((slope, i, b))
+    return steps
+
+
+def convex_hull(options: Sequence[Option]) -> list[int]:
+    """Indices of the lower-left convex hull, cheapest first, prices strictly falling."""
+    hull: list[int] = []
+    for k in sorted(range(len(options)), key=lambda k: (options[k].cost, options[k].price)):
+        if not math.isfinite(options[k].price) or (hull and options[k].price >= options[hull[-1]].price):
+            continue
+        while len(hull) > 1 and _is_above(options, hull[-2], hull[-1], k):
+            hull.pop()
+        hull.append(k)
+    return hull
+
+
+def _is_above(options: Sequence[Option], a: int, b: int, c: int) -> bool:
+    """Whether b lies on or above the line from a to c."""
+    run_ab, run_ac = options[b].cost - options[a].cost, options[c].cost - options[a].cost
+    rise_ab, rise_ac = options[b].price - options[a].price, options[c].price - options[a].price
+    return rise_ab * run_ac >= rise_ac * run_ab
+
+
+def _spend(sites: Sequence[Sequence[Option]], chosen: list[int], left: float) -> list[int]:
+    """Spend what is left on the single exchanges that save the most price per cost, until none fits."""
+    while True:
+        best: tuple[float, int, int] | None = None
+        for i, options in enumerate(sites):
+            now = options[chosen[i]]
+            for k, option in enumerate(options):
+                cost, saved = option.cost - now.cost, now.price - option.price
+                if saved <= 0 or cost > left:
+                    continue
+                rate = saved / cost if cost > 0 else math.inf
+                if best is None or rate > best[0]:
+                    best = (rate, i, k)
+        if best is None:
+            return chosen
+        _, i, k = best
+        left -= sites[i][k].cost - sites[i][chosen[i]].cost
+        chosen[i] = k

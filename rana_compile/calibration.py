@@ -1,0 +1,279 @@
+"""Fit a plan to a model: record → fit → allocate → refit thresholds with the adapters on → measure.
+
+Batches are split: most fit, every fourth is held back to measure realised cost and loss. Activations are
+streamed; per site only a bounded sample of rows (and second moments for bases) is kept.
+"""
+
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rana_compile.adapters import FAMILIES, Tensors
+from rana_compile.data import Batch, as_batches, rows_of
+from rana_compile.fitting import Candidate, Evidence, quantiles
+from rana_compile.flops import dense_flops, total_dense_flops
+from rana_compile.objective import divergence, main_output, summed_loss
+from rana_compile.passes.interpret import Capture, capturing
+from rana_compile.passes.match import Found, Match
+from rana_compile.passes.mlp import hidden_function
+from rana_compile.passes.record import Adapted, Recorder, dense
+from rana_compile.passes.sites import make_match
+from rana_compile.plan import Plan, SitePlan, weight_hash
+from rana_compile.progress import Progress
+from rana_compile.recipes import RECIPES, Choice, Mlp
+from rana_compile.statistics import Sample
+from rana_compile.types import ConfigError, RanaError, Site, Skipped, parameter_filter
+
+SAMPLE_BYTES = 1_600_000_000  # for all samples together
+MAX_SAMPLE_ROWS = 4096
+REFITS = 2
+TOLERANCE = 0.005  # relative miss of the budget that is accepted without another refit
+
+
+def calibrate(
+    model: torch.nn.Module,
+    batches: Iterable[Any],
+    flops_budget: float = 0.6,
+    recipe: str = "auto",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Plan:
+    """Fit adapters to ``model`` on calibration data, under one FLOPs budget for all included sites.
+
+    Args:
+        model: any module that Dynamo can trace; it is not changed.
+        batches: an iterable of token tensors [batch, length] or of dicts of keyword arguments, or a
+            ``datasets.Dataset`` with ``input_ids``. A few thousand tokens of the kind it will serve.
+        flops_budget: FLOPs to keep per token, as a share (0, 1] of the dense FLOPs of the included linears.
+        recipe: ``auto``, ``neuron`` or ``rana`` (the paper's).
+        include, exclude: glob patterns over parameter names; ``lm_head`` also matches ``lm_head.weight``.
+        seed: makes the plan reproducible.
+        progress: show one progress bar.
+
+    Returns:
+        The plan, its realised cost and losses measured on held-back batches.
+
+    Raises:
+        ConfigError: bad arguments or data, or a budget that cannot be reached.
+        RanaError: nothing to adapt, or non-finite activations.
+    """
+    _check_arguments(flops_budget, recipe)
+    keep = parameter_filter(include, exclude, [name for name, _ in model.named_parameters(remove_duplicate=False)])
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    data = as_batches(batches, device)
+    held_back = data[3::4] or data[-1:]
+    fitting = [batch for i, batch in enumerate(data) if i % 4 != 3 and batch is not held_back[-1]]
+    regroup = _separate_gates if recipe == "rana" else _as_found
+    steps = len(fitting) * (1 + 2 * REFITS) + 2 * len(held_back)
+    with _undisturbed(model), capturing(model, keep, regroup) as (run, capture), Progress(progress, steps) as bar:
+        session = _Session(model, run, capture, bar, seed)
+        return session.fit(fitting, held_back, flops_budget, recipe)
+
+
+def measure_cost(model: torch.nn.Module, plan: Plan, batches: Iterable[Any]) -> float:
+    """Realised FLOPs per token on other data, as a share of the dense FLOPs of the plan's sites."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    adapted = Adapted({s.site: (s.family, s.tensors) for s in plan.adapted})
+    names = {name for s in plan.sites for name in s.site.weights}
+    separate = any(s.site.kind == "gate" for s in plan.sites)
+    regroup = _separate_gates if separate else _as_found
+    with _undisturbed(model), capturing(model, lambda n: None if n in names else "not in the plan", regroup) as (run, c):
+        c.handler = adapted
+        with torch.no_grad():
+            for batch in as_batches(batches, device):
+                run(**batch)
+    kept = sum(_site_flops(s.site, s.family, s.tensors, adapted) for s in plan.sites)
+    return kept / total_dense_flops(s.site for s in plan.sites)
+
+
+def _check_arguments(flops_budget: float, recipe: str) -> None:
+    if recipe not in RECIPES:
+        raise ConfigError(f"unknown recipe {recipe!r}; known recipes: {', '.join(RECIPES)}")
+    if not isinstance(flops_budget, int | float) or not 0 < flops_budget <= 1:
+        raise ConfigError(f"flops_budget is {flops_budget!r}; expected a share of the dense FLOPs in (0, 1]")
+
+
+def _as_found(found: Found) -> Found:
+    return found
+
+
+def _separate_gates(found: Found) -> Found:
+    """Gate and up as sites of their own, as the paper adapts them."""
+    matches: list[Match] = []
+    for match in found.matches:
+        if match.site.kind != "gate_up":
+            matches.append(match)
+            continue
+        for linear, kind in zip(match.linears, ("gate", "up"), strict=True):
+            matches.append(make_match((linear,), kind, match.site.block))  # type: ignore[arg-type]
+    return replace(found, matches=tuple(matches))
+
+
+@contextmanager
+def _undisturbed(model: torch.nn.Module):  # type: ignore[no-untyped-def]
+    """Evaluation mode and no parameter gradients inside; the model as it was afterwards, whatever happens."""
+    training = {module: module.training for module in model.modules()}
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    try:
+        model.eval()
+        for p in wanted:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for p in wanted:
+            p.requires_grad_(True)
+
+
+class _Session:
+    """One calibration: what the stages share. Lives only inside ``calibrate``."""
+
+    def __init__(
+        self, model: torch.nn.Module, run: Callable[..., Any], capture: Capture, bar: Progress, seed: int
+    ) -> None:
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.run, self.capture, self.bar, self.seed = run, capture, bar, seed
+        self.tokens = 0
+
+    def fit(self, fitting: list[Batch], held_back: list[Batch], budget: float, recipe: str) -> Plan:
+        recorder = self._record(fitting, with_bases=recipe != "neuron")
+        found = self.capture.found[0]
+        evidence = [self._evidence(site, sample, recorder) for site, sample in recorder.samples.items()]
+        self.bar.say("choosing adapters")
+        choice = RECIPES[recipe](evidence, self._mlps(found, recorder), budget)
+        choice = self._refit(choice, fitting, budget)
+        adapted, measured = self._measure(choice, held_back)
+        return self._plan(choice, adapted, measured, budget, recipe, found)
+
+    def _record(self, batches: list[Batch], with_bases: bool) -> Recorder:
+        rows = sum(map(rows_of, batches))
+        recorder = Recorder(self._capacity(batches[0], rows), self.seed)
+        self.capture.handler = recorder
+        generator = torch.Generator().manual_seed(self.seed)
+        for i, batch in enumerate(batches):
+            self.bar.say("recording inputs and gradients")
+            if with_bases and i % 2:
+                with torch.no_grad():
+                    self.run(**batch)
+            else:
+                with torch.enable_grad():
+                    summed_loss(self.run(**batch), generator).backward()
+            self.tokens += rows_of(batch)
+            self.bar.step()
+        if not recorder.samples:
+            reasons = "; ".join(f"{s.name}: {s.reason}" for f in self.capture.found for s in f.skipped[:3])
+            raise RanaError(f"no linear layer of the model can be adapted ({reasons or 'none was found'})")
+        return recorder
+
+    def _capacity(self, batch: Batch, rows: int) -> int:
+        """Rows per site that keep all samples within SAMPLE_BYTES."""
+        self.capture.handler = lambda site, x, weights, biases: dense(x, weights, biases)
+        with torch.no_grad():
+            self.run(**batch)
+        per_row = sum(m.site.d_in * 6 for f in self.capture.found for m in f.matches)  # x 4 bytes, u 2
+        return max(64, min(rows, MAX_SAMPLE_ROWS, SAMPLE_BYTES // max(per_row, 1)))
+
+    def _evidence(self, site: Site, sample: Sample, recorder: Recorder) -> Evidence:
+        weight = torch.cat([self.parameters[name].detach().float().cpu() for name in site.weights])
+        n = sample.rows
+        assert sample.x is not None
+        u = None if sample.u is None else sample.u[:n].float()
+        return Evidence(site, weight, sample.x[:n].float(), u, recorder.moment(site))
+
+    def _mlps(self, found: Found, recorder: Recorder) -> list[Mlp]:
+        by_weights = {site.weights: site for site in recorder.samples}
+        mlps = []
+        for block in found.blocks:
+            inputs = tuple(by_weights[(name,)] for name in block.up.weights if (name,) in by_weights)
+            if len(inputs) == len(block.inputs) and block.down.weights in by_weights:
+                mlps.append(Mlp(inputs, by_weights[block.down.weights], hidden_function(block)))
+        return mlps
+
+    def _refit(self, choice: Choice, batches: list[Batch], budget: float) -> Choice:
+        """Thresholds again, on the inputs each site sees when the sites before it are adapted."""
+        targets = {site: c.live for site, c in choice.items() if "threshold" in c.tensors}
+        for _ in range(REFITS):
+            samples = {site: Sample(MAX_SAMPLE_ROWS // 2, self.seed) for site in targets}
+            adapted = self._pass(choice, batches, samples)
+            for site, live in targets.items():
+                choice[site] = self._with_live(choice[site], site, samples[site], live, adapted)
+        return choice
+
+    def _with_live(
+        self, candidate: Candidate, site: Site, sample: Sample, live: float, adapted: Adapted
+    ) -> Candidate:
+        """The same adapter with its thresholds scaled so that ``live`` coordinates survive on this sample."""
+        family = FAMILIES[candidate.family]
+        assert sample.x is not None
+        weights = [self.parameters[name].detach() for name in site.weights]
+        tensors = candidate.tensors | family.derive(weights, candidate.tensors)
+        z = family.coordinates(sample.x[: sample.rows].to(weights[0].device), tensors).float().cpu()
+        ratio = z.abs() / candidate.tensors["threshold"]  # kept where ≥ 1
+        level = quantiles(ratio.nan_to_num(torch.inf), (live / z.shape[1],))[0]
+        return replace(candidate, tensors=candidate.tensors | {"threshold": candidate.tensors["threshold"] * level})
+
+    def _pass(self, choice: Choice, batches: list[Batch], samples: Mapping[Site, Sample]) -> Adapted:
+        adapters = {site: (c.family, c.tensors) for site, c in choice.items() if c.family != "dense"}
+        adapted = Adapted(adapters, samples)
+        self.capture.handler = adapted
+        for batch in batches:
+            self.bar.say("refitting thresholds with the adapters on")
+            with torch.no_grad():
+                self.run(**batch)
+            self.bar.step(2)
+        return adapted
+
+    def _measure(self, choice: Choice, batches: list[Batch]) -> tuple[Adapted, dict[str, float]]:
+        """Realised cost, and the divergence from the dense model, on held-back batches."""
+        adapters = {site: (c.family, c.tensors) for site, c in choice.items() if c.family != "dense"}
+        adapted = Adapted(adapters)
+        total, rows = 0.0, 0
+        for batch in batches:
+            self.bar.say("measuring on held-back batches")
+            outputs = []
+            for handler in (lambda site, x, weights, biases: dense(x, weights, biases), adapted):
+                self.capture.handler = handler  # type: ignore[assignment]
+                with torch.no_grad():
+                    outputs.append(main_output(self.run(**batch)))
+                self.bar.step()
+            total += divergence(*outputs) * rows_of(batch)
+            rows += rows_of(batch)
+        return adapted, {"divergence": total / max(rows, 1)}
+
+    def _plan(
+        self, choice: Choice, adapted: Adapted, measured: dict[str, float], budget: float, recipe: str, found: Found
+    ) -> Plan:
+        sites = []
+        for site, c in choice.items():
+            stored: Tensors = {k: t.detach().cpu().contiguous() for k, t in c.tensors.items()}
+            flops = _site_flops(site, c.family, stored, adapted)
+            live = adapted.mean_live(site) if "threshold" in stored else c.live
+            digest = weight_hash([self.parameters[name] for name in site.weights])
+            sites.append(SitePlan(site, c.family, stored, live, flops / dense_flops(site), c.option.price, digest))
+        dtype = {str(self.parameters[name].dtype) for site in choice for name in site.weights}
+        info = {
+            "recipe": recipe,
+            "seed": self.seed,
+            "tokens": self.tokens,
+            "dtype": sorted(dtype),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        } | measured
+        excluded = [s for s in found.skipped if s.name in self.parameters]
+        extra = sum(2 * self.parameters[s.name].numel() for s in excluded if self.parameters[s.name].dim() == 2)
+        model_flops = float(total_dense_flops(choice) + extra)
+        skipped: tuple[Skipped, ...] = tuple(dict.fromkeys(s for f in self.capture.found for s in f.skipped))
+        return Plan(tuple(sites), skipped, budget, model_flops, info)
+
+
+def _site_flops(site: Site, family: str, tensors: Tensors, adapted: Adapted) -> float:
+    if family == "dense":
+        return dense_flops(site)
+    return FAMILIES[family].flops(site, adapted.mean_live(site), tensors)

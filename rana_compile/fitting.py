@@ -1,0 +1,166 @@
+"""Candidates of a site: adapters of every family at many operating points, each with its cost and its price.
+
+The price of dropping coordinates D is the loss increase it predicts, token by token (METHOD.md):
+
+    ½·E[(g·δ)²] = ½·E[(Σ_{j∈D} v_j)²],   v_j = u_j x_j  (u = Wᵀg, so no output is ever formed)
+
+``Σ v_j²`` over D is the same without the cross terms of one token's gradient, which a few thousand tokens
+estimate badly; the two are averaged. Bases are fitted on other tokens than those that price them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rana_compile.adapters import FAMILIES, Tensors
+from rana_compile.allocation import Option
+from rana_compile.flops import dense_flops
+from rana_compile.types import Site
+
+DENSITIES = tuple(k / 40 for k in range(4, 40))
+RANKS = tuple(k / 8 for k in range(2, 9))
+CROSS_TERMS = 0.5
+ISOTROPIC = 0.1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One adapter at one operating point. ``live``: mean coordinates kept per token on the pricing rows."""
+
+    family: str  # "dense" or a name in FAMILIES
+    tensors: Tensors
+    live: float
+    option: Option
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What fitting sees of a site, in float32.
+
+    Attributes:
+        weight: stacked weight [d_out, d_in].
+        x, u: paired inputs and input gradients [rows, d_in]; u is None without gradients.
+        moment: E[x xᵀ] [d_in, d_in] over other tokens, or None.
+    """
+
+    site: Site
+    weight: Tensor
+    x: Tensor
+    u: Tensor | None
+    moment: Tensor | None = None
+
+    def sensitivity(self) -> Tensor:
+        """Loss-aware importance per input, c_j = sqrt(E[u_j²]), steadied by the column norms [d_in]."""
+        norms = self.weight.square().sum(0)
+        if self.u is None:
+            return norms.sqrt()
+        power = self.u.square().mean(0)
+        return ((1 - ISOTROPIC) * power + ISOTROPIC * norms * (power.sum() / norms.sum())).sqrt()
+
+
+def dense_candidate(evidence: Evidence) -> Candidate:
+    site = evidence.site
+    return Candidate("dense", {}, site.d_in, Option(dense_flops(site), 0.0))
+
+
+def neuron_candidates(
+    evidence: Evidence, importance: str = "loss", densities: tuple[float, ...] = DENSITIES
+) -> Iterator[Candidate]:
+    """Neuron adapters over densities. ``importance``: ``magnitude`` |x|, ``column`` |x|·‖W col‖, or ``loss``."""
+    scale = importance_scale(evidence, importance)
+    scores = evidence.x.abs() * scale  # [rows, d_in]
+    family = FAMILIES["neuron"]
+    effect = _effect(evidence.x, evidence.u, evidence.weight.square().sum(0))
+    for level in quantiles(scores, densities):
+        dropped = scores < level
+        tensors = {"threshold": level / scale.clamp_min(torch.finfo(torch.float32).tiny)}
+        live = float((~dropped).sum()) / len(scores)
+        yield Candidate("neuron", tensors, live, Option(family.flops(evidence.site, live, tensors), _price(effect, dropped)))
+
+
+def importance_scale(evidence: Evidence, importance: str) -> Tensor:
+    """The factor c_j of the score ``abs(x_j)·c_j`` [d_in]."""
+    if importance == "magnitude":
+        return torch.ones(evidence.site.d_in)
+    if importance == "column":
+        return evidence.weight.norm(dim=0)
+    return evidence.sensitivity()
+
+
+def rank_candidates(evidence: Evidence) -> Iterator[Candidate]:
+    """Rank adapters (and static low rank, their densest point) over ``RANKS`` × ``DENSITIES``."""
+    output_basis, pull = output_basis_of(evidence)
+    z = evidence.x @ (evidence.weight.t() @ output_basis)  # [rows, r_max]
+    slope = None if evidence.u is None else evidence.u @ pull  # Uᵀg
+    effect = _effect(z, slope, torch.ones(z.shape[1]))
+    scale = torch.ones(z.shape[1]) if slope is None else slope.square().mean(0).sqrt()
+    scores = z.abs() * scale
+    site = evidence.site
+    for share in RANKS:
+        r = max(1, round(share * z.shape[1]))
+        kept = {"output_basis": output_basis[:, :r]}
+        low_rank = torch.zeros_like(scores, dtype=torch.bool)
+        low_rank[:, r:] = True
+        flops = FAMILIES["low_rank"].flops(site, r, kept)
+        if flops < dense_flops(site):
+            yield Candidate("low_rank", kept, r, Option(flops, _price(effect, low_rank)))
+        for level in quantiles(scores[:, :r], DENSITIES[:-1:3]):
+            dropped = (scores < level) | low_rank
+            live = float((~dropped).sum()) / len(scores)
+            tensors = kept | {"threshold": level / scale[:r].clamp_min(torch.finfo(torch.float32).tiny)}
+            flops = FAMILIES["rank"].flops(site, live, tensors)
+            if flops < dense_flops(site):
+                yield Candidate("rank", tensors, live, Option(flops, _price(effect, dropped)))
+
+
+def output_basis_of(evidence: Evidence) -> tuple[Tensor, Tensor]:
+    """U [d_out, r], the left singular vectors of W X, largest first, and M [d_in, r] with U = W M.
+
+    From second moments alone: eigenvectors of W C Wᵀ, or of C^½ WᵀW C^½ where that is smaller.
+    """
+    weight = evidence.weight.double()
+    assert evidence.moment is not None
+    moment = evidence.moment.double()
+    if weight.shape[0] <= weight.shape[1]:
+        values, basis = torch.linalg.eigh(weight @ moment @ weight.t())
+        basis = basis.flip(1)
+        return basis.float(), (torch.linalg.pinv(weight) @ basis).float()
+    root = _square_root(moment)
+    values, vectors = torch.linalg.eigh(root @ (weight.t() @ weight) @ root)
+    keep = values > values[-1] * 1e-10
+    pull = root @ vectors[:, keep].flip(1) / values[keep].flip(0).sqrt()  # [d_in, r]
+    return (weight @ pull).float(), pull.float()
+
+
+def _square_root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.t()
+
+
+def quantiles(scores: Tensor, densities: tuple[float, ...]) -> Tensor:
+    """Levels that leave each share of the scores at or above them."""
+    flat = scores.flatten()
+    if len(flat) > 4_000_000:
+        flat = flat[:: len(flat) // 2_000_000]
+    ordered = flat.sort().values
+    index = [min(len(ordered) - 1, round((1 - density) * len(ordered))) for density in densities]
+    return ordered[index]
+
+
+def _effect(z: Tensor, slope: Tensor | None, energy: Tensor) -> tuple[Tensor, bool]:
+    """What dropping each coordinate adds: (v [rows, d], True), or without gradients (squared error, False)."""
+    if slope is None:
+        return z.square() * energy, False
+    return z * slope, True
+
+
+def _price(effect: tuple[Tensor, bool], dropped: Tensor) -> float:
+    values, has_gradient = effect
+    lost = values * dropped
+    if not has_gradient:
+        return float(lost.sum(1).mean() / values.sum(1).mean().clamp_min(1e-30))  # relative squared error
+    joint = lost.sum(1).square().mean()
+    apart = lost.square().sum(1).mean()
+    return 0.5 * float(CROSS_TERMS * joint + (1 - CROSS_TERMS) * apart)

@@ -1,0 +1,165 @@
+"""A plan: which adapter each site gets, fitted tensors included. Portable, versioned, one safetensors file.
+
+Bound to a model by parameter names, shapes and a hash of the weights; nothing in the file is code.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rana_compile.adapters import FAMILIES, Tensors
+from rana_compile.flops import dense_flops, total_dense_flops
+from rana_compile.types import PlanError, Site, Skipped
+
+FORMAT = 1
+_KEY = "rana_compile"
+
+
+@dataclass(frozen=True, eq=False)
+class SitePlan:
+    """The adapter of one site.
+
+    Attributes:
+        family: ``dense`` or a name in ``rana_compile.adapters.FAMILIES``.
+        tensors: what the family stores.
+        live: mean coordinates kept per token, measured on held-back tokens.
+        flops_kept: realised FLOPs as a share of the site's dense FLOPs.
+        error: predicted increase of the loss (nats per token), or relative squared error without gradients.
+        weight_hash: SHA-256 over dtype, shape and bytes of the site's weights.
+    """
+
+    site: Site
+    family: str
+    tensors: Tensors
+    live: float
+    flops_kept: float
+    error: float
+    weight_hash: str
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Adapters for a whole model, as ``rana_compile.calibrate`` fits them.
+
+    Attributes:
+        sites: every included site, dense ones too.
+        skipped: linears left alone, and MLPs matched only as their linears, with the reason.
+        flops_asked: the budget, as a share of the dense FLOPs of the included sites.
+        model_flops: dense FLOPs per token of every linear of the model, excluded ones included.
+        info: provenance for readers (recipe, seed, dtype, tokens, versions, measured losses).
+    """
+
+    sites: tuple[SitePlan, ...]
+    skipped: tuple[Skipped, ...]
+    flops_asked: float
+    model_flops: float
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def flops_kept(self) -> float:
+        """Realised FLOPs per token as a share of the dense FLOPs of the included sites."""
+        return self._kept() / max(total_dense_flops(s.site for s in self.sites), 1)
+
+    @property
+    def flops_kept_model(self) -> float:
+        """Realised FLOPs per token as a share of every linear of the model (excluded ones count as kept)."""
+        included = total_dense_flops(s.site for s in self.sites)
+        return (self._kept() + self.model_flops - included) / max(self.model_flops, 1)
+
+    def _kept(self) -> float:
+        return sum(s.flops_kept * dense_flops(s.site) for s in self.sites)
+
+    @property
+    def adapted(self) -> tuple[SitePlan, ...]:
+        return tuple(s for s in self.sites if s.family != "dense")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as one safetensors file; an existing file stays intact until the new one is whole."""
+        from safetensors.torch import save
+
+        tensors = {f"{i}.{k}": t.contiguous() for i, s in enumerate(self.sites) for k, t in s.tensors.items()}
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        data = save(tensors, {_KEY: json.dumps(self._document(), sort_keys=True)})
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def _document(self) -> dict[str, Any]:
+        sites = [{k: v for k, v in vars(s).items() if k not in ("site", "tensors")} | asdict(s.site) for s in self.sites]
+        return {
+            "format": FORMAT,
+            "flops_asked": self.flops_asked,
+            "model_flops": self.model_flops,
+            "info": dict(self.info),
+            "sites": sites,
+            "skipped": [asdict(s) for s in self.skipped],
+        }
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
+        """Read a plan. Raises PlanError if the file is missing, damaged, or of a newer format."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                document = json.loads((file.metadata() or {})[_KEY])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise PlanError(f"no plan at {str(path)!r}; save one with plan.save(path)") from None
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise PlanError(f"{str(path)!r} is not a readable plan ({error}); calibrate again and save anew") from error
+        if document.get("format") != FORMAT:
+            raise PlanError(f"{str(path)!r} has format {document.get('format')}; this version reads {FORMAT}")
+        try:
+            return _from_document(document, tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"{str(path)!r} is damaged: {error!r}; calibrate again and save anew") from error
+
+    def __str__(self) -> str:
+        from rana_compile.report import plan_text
+
+        return plan_text(self)
+
+
+def _from_document(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
+    return Plan(
+        sites=tuple(_site_plan(entry, i, tensors) for i, entry in enumerate(document["sites"])),
+        skipped=tuple(Skipped(**entry) for entry in document["skipped"]),
+        flops_asked=document["flops_asked"],
+        model_flops=document["model_flops"],
+        info=document["info"],
+    )
+
+
+def _site_plan(entry: Mapping[str, Any], index: int, tensors: Mapping[str, Tensor]) -> SitePlan:
+    keys = ("name", "kind", "weights", "d_in", "d_outs", "block")
+    site = Site(**{k: tuple(entry[k]) if isinstance(entry[k], list) else entry[k] for k in keys})
+    stored = FAMILIES[entry["family"]].stored if entry["family"] != "dense" else ()
+    rest = {k: entry[k] for k in ("family", "live", "flops_kept", "error", "weight_hash")}
+    return SitePlan(site=site, tensors={k: tensors[f"{index}.{k}"] for k in stored}, **rest)
+
+
+def weight_hash(weights: "list[Tensor] | tuple[Tensor, ...]") -> str:
+    """SHA-256 over dtype, shape and bytes of weights, in order."""
+    digest = hashlib.sha256()
+    for weight in weights:
+        flat = weight.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(f"{weight.dtype}{tuple(weight.shape)}".encode())
+        digest.update(flat.numpy())
+    return digest.hexdigest()

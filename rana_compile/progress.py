@@ -1,0 +1,28 @@
+"""One progress bar with one overall estimate; silent when asked."""
+
+from types import TracebackType
+
+
+class Progress:
+    """``step`` moves the bar, ``say`` names the stage. A context manager."""
+
+    def __init__(self, shown: bool, steps: int) -> None:
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._bar = Bar(*columns, disable=not shown)
+        self._task = self._bar.add_task("starting", total=steps)
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def say(self, stage: str) -> None:
+        self._bar.update(self._task, description=stage)
+
+    def step(self, steps: int = 1) -> None:
+        self._bar.advance(self._task, steps)

@@ -1,0 +1,170 @@
+"""From evidence to one candidate per site under the budget. To add a recipe: a function and a line in ``RECIPES``.
+
+``neuron``  neuron adapters everywhere, loss-aware thresholds, one global allocation.
+``auto``    every family competes at every site under the same allocation: the best we have.
+``rana``    the paper's (METHOD.md, algorithms 1–3): uniform ratio, rank adapters judged by retained energy,
+            MLP budgets split by the error of the MLP's output, o_proj and lm_head dense.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from rana_compile.adapters import FAMILIES
+from rana_compile.allocation import Option, allocate
+from rana_compile.fitting import (
+    Candidate,
+    Evidence,
+    dense_candidate,
+    neuron_candidates,
+    output_basis_of,
+    quantiles,
+    rank_candidates,
+)
+from rana_compile.flops import dense_flops
+from rana_compile.types import ConfigError, Site
+
+SHARES = tuple(range(3, 10))  # of eighteenths
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A matched MLP for the recipes that look at its output: sites, and the region between as a callable."""
+
+    inputs: tuple[Site, ...]
+    down: Site
+    hidden: Callable[..., Tensor]
+
+
+Choice = dict[Site, Candidate]
+
+
+def choose_neuron(evidence: Sequence[Evidence], mlps: Sequence[Mlp], budget: float) -> Choice:
+    return _globally(evidence, budget, lambda e: [dense_candidate(e), *neuron_candidates(e)])
+
+
+def choose_auto(evidence: Sequence[Evidence], mlps: Sequence[Mlp], budget: float) -> Choice:
+    return _globally(evidence, budget, lambda e: [dense_candidate(e), *neuron_candidates(e), *rank_candidates(e)])
+
+
+def _globally(
+    evidence: Sequence[Evidence], budget: float, candidates_of: Callable[[Evidence], list[Candidate]]
+) -> Choice:
+    candidates = [candidates_of(e) for e in evidence]
+    total = sum(dense_flops(e.site) for e in evidence)
+    chosen = allocate([[c.option for c in options] for options in candidates], budget * total)
+    return {e.site: options[k] for e, options, k in zip(evidence, candidates, chosen, strict=True)}
+
+
+def choose_rana(evidence: Sequence[Evidence], mlps: Sequence[Mlp], budget: float) -> Choice:
+    by_site = {e.site: e for e in evidence}
+    in_mlp = {s for m in mlps for s in (*m.inputs, m.down)}
+    adapted = in_mlp | {site for site in by_site if site.kind == "stacked"}
+    ratio = _uniform_ratio(by_site, adapted, budget)
+    choice = {site: dense_candidate(e) for site, e in by_site.items() if site not in adapted}
+    choice |= {site: best_rank(by_site[site], ratio) for site in adapted - in_mlp}
+    for mlp in mlps:
+        choice |= _split_mlp(mlp, by_site, ratio)
+    return choice
+
+
+def _uniform_ratio(by_site: Mapping[Site, Evidence], adapted: set[Site], budget: float) -> float:
+    total = sum(map(dense_flops, by_site))
+    adaptable = sum(map(dense_flops, adapted))
+    ratio = (budget * total - (total - adaptable)) / max(adaptable, 1)
+    if ratio <= 0:
+        raise ConfigError(
+            f'flops_budget={budget} cannot be reached by recipe="rana", which keeps {1 - adaptable / total:.1%} of the '
+            'included FLOPs dense (o_proj, lm_head); raise the budget, exclude them, or use recipe="auto"'
+        )
+    return min(ratio, 1.0)
+
+
+def best_rank(evidence: Evidence, ratio: float) -> Candidate:
+    """Algorithm 1: over r, spend what B leaves of the budget on live ranks; keep the r of most retained energy."""
+    site = evidence.site
+    if ratio >= 1:
+        return dense_candidate(evidence)
+    output_basis, _ = output_basis_of(evidence)
+    energies = (evidence.x @ (evidence.weight.t() @ output_basis)).square()  # [rows, r_max]
+    best: tuple[float, int, float] | None = None
+    for r in range(10, energies.shape[1] + 10, 10):
+        r = min(r, energies.shape[1])
+        live = min((ratio * site.d_in * site.d_out - r * site.d_in) / site.d_out, r)
+        if live < 1:
+            break
+        level = float(quantiles(energies[:, :r], (live / r,))[0]) if live < r else 0.0
+        kept = float((energies[:, :r] * (energies[:, :r] >= level)).sum())
+        if best is None or kept > best[0]:
+            best = (kept, r, level)
+    if best is None:
+        raise ConfigError(
+            f"{site.name}: no rank adapter fits {ratio:.1%} of its FLOPs (B alone costs more: d_in {site.d_in}, "
+            f'd_out {site.d_out}); exclude it, raise the budget, or use recipe="auto"'
+        )
+    _, r, level = best
+    live = float((energies[:, :r] >= level).sum()) / len(energies)
+    tensors = {"output_basis": output_basis[:, :r], "threshold": torch.full((r,), level**0.5)}
+    lost = 1 - best[0] / float(energies.sum())
+    return Candidate("rank", tensors, live, Option(FAMILIES["rank"].flops(site, live, tensors), lost))
+
+
+def _neuron_at(evidence: Evidence, ratio: float) -> Candidate:
+    if ratio >= 1:
+        return dense_candidate(evidence)
+    return next(neuron_candidates(evidence, "column", (ratio,)))
+
+
+def _split_mlp(mlp: Mlp, by_site: Mapping[Site, Evidence], ratio: float) -> Choice:
+    """Algorithm 2: the split of the MLP's budget, in eighteenths, with the least error of its output."""
+    down = by_site[mlp.down]
+    sites = [*mlp.inputs, mlp.down]
+    total = ratio * sum(map(dense_flops, sites))
+    shares = SHARES if len(sites) == 3 else range(3, 16)
+    options: list[dict[int, tuple[Candidate, Tensor]]] = []
+    for site in mlp.inputs:
+        evidence = by_site[site]
+        fitted = {s: _try(lambda e=evidence, s=s: best_rank(e, total * s / 18 / dense_flops(e.site))) for s in shares}
+        options.append({s: (c, _run(c, evidence)) for s, c in fitted.items() if c is not None})
+    exact = mlp.hidden(*(by_site[s].x @ by_site[s].weight.t() for s in mlp.inputs)) @ down.weight.t()
+    best: tuple[float, list[Candidate]] | None = None
+    for combo in product(*(o.items() for o in options)):
+        rest = 18 - sum(s for s, _ in combo)
+        if rest not in shares:
+            continue
+        hidden = mlp.hidden(*(y for _, (_, y) in combo))
+        last = _neuron_at(down, min(total * rest / 18 / dense_flops(mlp.down), 1.0))
+        if last.family != "dense":
+            hidden = hidden * (hidden.abs() >= last.tensors["threshold"])
+        error = float((hidden @ down.weight.t() - exact).square().sum())
+        if best is None or error < best[0]:
+            best = (error, [*(c for _, (c, _) in combo), last])
+    if best is None:
+        raise ConfigError(f'{mlp.down.block}: no split of the MLP fits {ratio:.1%} of its FLOPs; use recipe="auto"')
+    return dict(zip(sites, best[1], strict=True))
+
+
+def _try(fit: Callable[[], Candidate]) -> Candidate | None:
+    try:
+        return fit()
+    except ConfigError:
+        return None  # this share is too small for B; other splits are tried, and none left is an error
+
+
+def _run(candidate: Candidate, evidence: Evidence) -> Tensor:
+    weight = evidence.weight
+    if candidate.family == "dense":
+        return evidence.x @ weight.t()
+    family = FAMILIES[candidate.family]
+    tensors = candidate.tensors | family.derive([weight], candidate.tensors)
+    return family.forward(evidence.x, [weight], [None], tensors)[0]
+
+
+RECIPES: dict[str, Callable[[Sequence[Evidence], Sequence[Mlp], float], Choice]] = {
+    "auto": choose_auto,
+    "neuron": choose_neuron,
+    "rana": choose_rana,
+}

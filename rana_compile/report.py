@@ -1,0 +1,44 @@
+"""What a reader sees of a plan: one table in the terminal, printed by ``str(plan)``."""
+
+from io import StringIO
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rana_compile.plan import Plan, SitePlan
+
+WIDTH = 120
+
+
+def plan_text(plan: "Plan") -> str:
+    """The plan as a table per site, the totals, and what was skipped and why."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"rana_compile plan ({plan.info.get('recipe', '?')})")
+    for column in ("site", "family", "rank", "mean live", "FLOPs kept", "error"):
+        table.add_column(column, justify="left" if column in ("site", "family") else "right", overflow="fold")
+    for site in plan.sites:
+        table.add_row(*_row(site))
+    console = Console(file=StringIO(), width=WIDTH)
+    console.print(table)
+    console.print(totals(plan), soft_wrap=True)
+    for skipped in plan.skipped:
+        console.print(f"skipped {skipped.name}: {skipped.reason}", soft_wrap=True)
+    text = console.file
+    assert isinstance(text, StringIO)
+    return text.getvalue().rstrip()
+
+
+def totals(plan: "Plan") -> str:
+    """One line: sites, and FLOPs asked and realised."""
+    return (
+        f"{len(plan.adapted)} of {len(plan.sites)} sites adapted; FLOPs kept {plan.flops_kept:.1%} "
+        f"(asked {plan.flops_asked:.1%}) of the included sites, {plan.flops_kept_model:.1%} of all linears"
+    )
+
+
+def _row(entry: "SitePlan") -> tuple[str, ...]:
+    basis = entry.tensors.get("output_basis")
+    rank = "" if basis is None else str(basis.shape[1])
+    live = "" if entry.family == "dense" else f"{entry.live:.0f}"
+    return entry.site.name, entry.family, rank, live, f"{entry.flops_kept:.1%}", f"{entry.error:.2e}"

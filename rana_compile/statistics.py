@@ -1,0 +1,61 @@
+"""What calibration remembers of a site: a bounded sample of paired inputs and gradients, never all of them.
+
+``u = Wᵀ ∂loss/∂y`` is the gradient at the site's input through this site alone. With it the effect of
+dropping coordinates D of x on the loss is ``g·δ = -Σ_{j∈D} u_j x_j``, without storing the (wider) g.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Sample:
+    """A uniform reservoir of token rows of one site (Vitter 1985), deterministic for a seed.
+
+    Attributes:
+        capacity: most rows kept.
+        x: inputs [rows, d_in], in the model's dtype.
+        u: input gradients of the summed loss [rows, d_in] in bfloat16's range, or None before a backward pass.
+        seen: rows offered so far.
+    """
+
+    capacity: int
+    seed: int
+    x: Tensor | None = None
+    u: Tensor | None = None
+    seen: int = 0
+    _generator: torch.Generator = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    @property
+    def rows(self) -> int:
+        return min(self.seen, self.capacity)
+
+    def offer(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Take rows of x [n, d_in] in; returns (rows of x taken, slots they went to) to pair gradients with."""
+        taken, slots = self._draw(x.shape[0])
+        if self.x is None:
+            self.x = torch.zeros(self.capacity, x.shape[1], dtype=x.dtype)
+        self.x[slots] = x[taken].detach().cpu()
+        return taken, slots
+
+    def offer_gradient(self, u: Tensor, taken: Tensor, slots: Tensor) -> None:
+        """The gradients of rows taken before: u [n, d_in]."""
+        if self.u is None:
+            self.u = torch.zeros(self.capacity, u.shape[1], dtype=torch.bfloat16)
+        self.u[slots] = u[taken].detach().to("cpu", torch.bfloat16)
+
+    def _draw(self, n: int) -> tuple[Tensor, Tensor]:
+        position = torch.arange(self.seen, self.seen + n)
+        slot = (torch.rand(n, generator=self._generator, dtype=torch.float64) * (position + 1)).long()
+        slot = torch.where(position < self.capacity, position, slot)
+        self.seen += n
+        # a slot drawn twice in one batch belongs to the later row
+        order = torch.arange(n)[slot < self.capacity]
+        slots = slot[order]
+        last = {int(s): int(i) for s, i in zip(slots, order, strict=True)}
+        return torch.tensor(list(last.values()), dtype=torch.long), torch.tensor(list(last), dtype=torch.long)

@@ -1,0 +1,82 @@
+"""Imports go one way, and importing the package is cheap."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A module imports only from its own row or from rows above it. A new module needs a place here.
+LAYERS = (
+    {"types", "config", "flops", "progress", "data"},
+    {"kernels"},
+    {"adapters", "allocation", "statistics", "objective", "fitting", "recipes", "plan", "report", "binding"},
+    {"passes"},
+    {"calibration"},
+    {"backend"},
+    {"cli"},
+)
+LAYER_OF = {module: i for i, layer in enumerate(LAYERS) for module in layer}
+LAZY_ROOT = ROOT / "rana_compile" / "__init__.py"  # names what users import, and imports it when asked
+HEAVY = ("triton", "torch._inductor", "transformers", "datasets", "matplotlib")
+
+
+def sources() -> Iterator[tuple[Path, str]]:
+    """Each source file and the member of ``LAYERS`` it belongs to."""
+    for path in sorted((ROOT / "rana_compile").glob("*.py")):
+        if path != LAZY_ROOT:
+            yield path, path.stem
+    for package, folder in (("adapters", "rana_compile/adapters"), ("passes", "passes"), ("kernels", "kernels")):
+        yield from ((path, package) for path in sorted((ROOT / folder).rglob("*.py")))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Absolute names imported anywhere in a file; ``from a.b import c`` gives ``a.b.c``."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.relative_to(ROOT)}:{node.lineno}: relative import; import absolutely"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {module for _, module in sources()} <= set(LAYER_OF)
+
+
+def test_imports_go_one_way() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} ({module}) imports {name}"
+        for path, module in sources()
+        for name in imported(path)
+        if name.startswith("rana_compile.")
+        and LAYER_OF.get(name.split(".")[1], len(LAYERS)) > LAYER_OF.get(module, len(LAYERS))
+    ]
+    assert wrong == []
+
+
+def test_kernels_know_nothing_of_sites_plans_or_models() -> None:
+    """Of the rest of the package they may raise its errors, no more."""
+    names = {name for path, module in sources() if module == "kernels" for name in imported(path)}
+    own = {name for name in names if name.startswith("rana_compile.") and not name.startswith("rana_compile.kernels")}
+    assert [
+        name for name in sorted(own) if not (name.startswith("rana_compile.types.") and name.endswith("Error"))
+    ] == []
+
+
+def test_no_import_of_the_folders_as_top_level_packages() -> None:
+    """Hugging Face ships a package called ``kernels``."""
+    everywhere = [path for path, _ in sources()] + sorted((ROOT / "tests").rglob("*.py"))
+    names = {(path.relative_to(ROOT), name) for path in everywhere for name in imported(path)}
+    assert [(path, name) for path, name in names if name.split(".")[0] in ("kernels", "passes")] == []
+
+
+@pytest.mark.parametrize("module", ["rana_compile", "rana_compile.plan", "rana_compile.config"])
+def test_import_is_lean(module: str) -> None:
+    code = f"import sys, {module}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
