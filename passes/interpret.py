@@ -73,7 +73,8 @@ def capturing(
     Afterwards Dynamo forgets these graphs, so that nothing stays alive and later compilations start clean.
     """
     capture = Capture(eligible, regroup)
-    with torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024):
+    limits = torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024)
+    with limits, torch.enable_grad():  # one gradient mode for all passes: tracing takes longer than running
         try:
             yield torch.compile(model, backend=capture), capture
         finally:

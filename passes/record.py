@@ -21,12 +21,14 @@ def flat_rows(x: Tensor) -> Tensor:
 
 
 class Recorder:
-    """Runs sites densely. With gradients on: samples of inputs and, in the backward pass, of input gradients.
+    """Runs sites densely. While ``sampling``: samples of inputs and, in the backward pass, of input gradients.
 
-    With gradients off: second moments of the inputs, so that bases are fitted on other rows than those that price them.
+    Otherwise: second moments of the inputs, so that bases are fitted on other rows than those that price them.
+    The model's parameters require no gradient, so autograd records only what follows the first sampled site.
     """
 
     def __init__(self, capacity: int, seed: int) -> None:
+        self.sampling = True
         self.samples: dict[Site, Sample] = {}
         self._moments: dict[Site, tuple[Tensor, int]] = {}
         self._capacity = capacity
@@ -44,7 +46,7 @@ class Recorder:
             raise RanaError(
                 f"{site.name}: its input holds NaN or infinity on calibration data; check the model and the data"
             )
-        if not torch.is_grad_enabled():
+        if not self.sampling:
             rows = flat_rows(x).float()
             total, seen = self._moments.get(site, (torch.zeros((), device=x.device), 0))
             self._moments[site] = (total + rows.t() @ rows, seen + len(rows))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rana_compile.adapters import FAMILIES, Tensors
 from rana_compile.data import Batch, as_batches, rows_of
@@ -85,9 +86,8 @@ def measure_cost(model: torch.nn.Module, plan: Plan, batches: Iterable[Any]) -> 
     regroup = _separate_gates if separate else _as_found
     with _undisturbed(model), capturing(model, lambda n: None if n in names else "not in the plan", regroup) as (run, c):
         c.handler = adapted
-        with torch.no_grad():
-            for batch in as_batches(batches, device):
-                run(**batch)
+        for batch in as_batches(batches, device):
+            run(**batch)
     kept = sum(_site_flops(s.site, s.family, s.tensors, adapted) for s in plan.sites)
     return kept / total_dense_flops(s.site for s in plan.sites)
 
@@ -159,12 +159,10 @@ class _Session:
         generator = torch.Generator().manual_seed(self.seed)
         for i, batch in enumerate(batches):
             self.bar.say("recording inputs and gradients")
-            if with_bases and i % 2:
-                with torch.no_grad():
-                    self.run(**batch)
-            else:
-                with torch.enable_grad():
-                    summed_loss(self.run(**batch), generator).backward()
+            recorder.sampling = not (with_bases and i % 2)
+            output = self.run(**batch)
+            if recorder.sampling:
+                summed_loss(output, generator).backward()
             self.tokens += rows_of(batch)
             self.bar.step()
         if not recorder.samples:
@@ -174,9 +172,8 @@ class _Session:
 
     def _capacity(self, batch: Batch, rows: int) -> int:
         """Rows per site that keep all samples within SAMPLE_BYTES."""
-        self.capture.handler = lambda site, x, weights, biases: dense(x, weights, biases)
-        with torch.no_grad():
-            self.run(**batch)
+        self.capture.handler = _dense_handler
+        self.run(**batch)
         per_row = sum(m.site.d_in * 6 for f in self.capture.found for m in f.matches)  # x 4 bytes, u 2
         return max(64, min(rows, MAX_SAMPLE_ROWS, SAMPLE_BYTES // max(per_row, 1)))
 
@@ -225,8 +222,7 @@ class _Session:
         self.capture.handler = adapted
         for batch in batches:
             self.bar.say("refitting thresholds with the adapters on")
-            with torch.no_grad():
-                self.run(**batch)
+            self.run(**batch)
             self.bar.step(2)
         return adapted
 
@@ -238,10 +234,9 @@ class _Session:
         for batch in batches:
             self.bar.say("measuring on held-back batches")
             outputs = []
-            for handler in (lambda site, x, weights, biases: dense(x, weights, biases), adapted):
-                self.capture.handler = handler  # type: ignore[assignment]
-                with torch.no_grad():
-                    outputs.append(main_output(self.run(**batch)))
+            for handler in (_dense_handler, adapted):
+                self.capture.handler = handler
+                outputs.append(main_output(self.run(**batch)))
                 self.bar.step()
             total += divergence(*outputs) * rows_of(batch)
             rows += rows_of(batch)
@@ -271,6 +266,12 @@ class _Session:
         model_flops = float(total_dense_flops(choice) + extra)
         skipped: tuple[Skipped, ...] = tuple(dict.fromkeys(s for f in self.capture.found for s in f.skipped))
         return Plan(tuple(sites), skipped, budget, model_flops, info)
+
+
+def _dense_handler(
+    site: Site, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    return dense(x, weights, biases)
 
 
 def _site_flops(site: Site, family: str, tensors: Tensors, adapted: Adapted) -> float:
