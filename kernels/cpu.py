@@ -42,7 +42,9 @@ def register() -> None:
 
 def find_compiler() -> str | None:
     """The C++ compiler to use: $CXX, else g++, else clang++."""
-    return next((path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None)
+    return next(
+        (path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None
+    )
 
 
 def cache_directory() -> Path:

@@ -11,13 +11,20 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from rana_compile.kernels.reference import check_activation
 from rana_compile.types import RanaError
 
-LIBRARY = torch.library.Library("rana", "DEF")  # noqa: TOR901
+LIBRARY = torch.library.Library("rana", "DEF")
 LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 LIBRARY.define("masked_linear(Tensor z, Tensor threshold, Tensor weight_t, Tensor? bias) -> Tensor")
+LIBRARY.define("rank_linear(Tensor x, Tensor basis, Tensor threshold, Tensor weight_t, Tensor? bias) -> Tensor")
+LIBRARY.define(
+    "gated_mlp(Tensor x, Tensor up_threshold, Tensor up_weight_t, Tensor? up_bias, Tensor down_threshold, "
+    "Tensor down_weight_t, Tensor? down_bias, str activation) -> Tensor"
+)
 
-_LOADERS = {"cpu": "rana_compile.kernels.cpu"}
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})  # what the kernels take
+_LOADERS = {"cpu": "rana_compile.kernels.cpu", "cuda": "rana_compile.kernels.cuda"}
 _LOCK = threading.Lock()
 
 
@@ -29,6 +36,26 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.register_fake("rana::masked_linear", lib=LIBRARY)
 def _(z: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
     return z.new_empty((*z.shape[:-1], weight_t.shape[1]))
+
+
+@torch.library.register_fake("rana::rank_linear", lib=LIBRARY)
+def _(x: Tensor, basis: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight_t.shape[1]))
+
+
+@torch.library.register_fake("rana::gated_mlp", lib=LIBRARY)
+def _(
+    x: Tensor,
+    up_threshold: Tensor,
+    up_weight_t: Tensor,
+    up_bias: Tensor | None,
+    down_threshold: Tensor,
+    down_weight_t: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    check_activation(activation)
+    return x.new_empty((*x.shape[:-1], down_weight_t.shape[1]))
 
 
 def is_supported(device_type: str) -> bool:

@@ -11,8 +11,21 @@ keeps a coordinate always; NaN is kept, so that a broken input stays visible.
 Products accumulate in float32 (float64 for float64 inputs); results have the dtype of the input.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from rana_compile.types import RanaError
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
 
 def apply_threshold(z: Tensor, threshold: Tensor) -> Tensor:
     """Zero the coordinates of ``z`` [..., d] whose magnitude is below ``threshold`` [d] (float32)."""
@@ -33,3 +46,39 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def masked_linear(z: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
     """Masked product: z [..., d], threshold [d], weight_t [d, d_out] -> [..., d_out]."""
     return _product(apply_threshold(z, threshold), weight_t, bias)
+
+
+def rank_linear(x: Tensor, basis: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A dense product, then a masked one: x [..., d_in], basis [r, d_in], weight_t [r, d_out] -> [..., d_out]."""
+    return masked_linear(linear(x, basis), threshold, weight_t, bias)
+
+
+def gated_mlp(
+    x: Tensor,
+    up_threshold: Tensor,
+    up_weight_t: Tensor,
+    up_bias: Tensor | None,
+    down_threshold: Tensor,
+    down_weight_t: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Both products of a gated MLP masked: x [..., d_in], up_weight_t [d_in, 2h], down_weight_t [h, d_out].
+
+    The first h columns of ``up_weight_t`` are the gate's, the others the up projection's.
+    """
+    hidden = gated(masked_linear(x, up_threshold, up_weight_t, up_bias), activation)
+    return masked_linear(hidden, down_threshold, down_weight_t, down_bias)
+
+
+def gated(y: Tensor, activation: str) -> Tensor:
+    """Gate columns, then up columns: y [..., 2h] -> act(gate) * up [..., h]."""
+    check_activation(activation)
+    gate, up = y.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](gate) * up
+
+
+def check_activation(name: str) -> None:
+    """Raise RanaError unless the kernels know the activation."""
+    if name not in ACTIVATIONS:
+        raise RanaError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")

@@ -6,6 +6,7 @@ add a pattern: one file in this folder and one line here.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,17 +16,21 @@ from rana_compile.passes.match import Block, Found, Linear, Match, Search, digra
 from rana_compile.passes.mlp import find_mlps
 from rana_compile.passes.names import source_name, used_name
 from rana_compile.passes.shared_input import find_shared_inputs
-from rana_compile.types import Site
+from rana_compile.passes.sites import make_match
+from rana_compile.types import Site, SiteKind
 
 PATTERNS = (find_mlps, find_shared_inputs, find_linears)
 
 
-def find_sites(gm: fx.GraphModule, eligible: Callable[[str], str | None] = lambda name: None) -> Found:
+def find_sites(
+    gm: fx.GraphModule, eligible: Callable[[str], str | None] = lambda name: None, separate_gates: bool = False
+) -> Found:
     """All sites of a torch-level graph as Dynamo hands it to a backend, in graph order.
 
     Args:
         gm: the graph; every node that holds a tensor carries ``meta["example_value"]``.
         eligible: given a weight's name, the reason to leave that linear alone, or None.
+        separate_gates: gate and up as sites of their own, as the paper adapts them, not as one stack.
 
     Linears whose weight is not a parameter of the compiled module are reported as skipped.
     """
@@ -38,9 +43,18 @@ def find_sites(gm: fx.GraphModule, eligible: Callable[[str], str | None] = lambd
             up_down_block = found if isinstance(found, tuple) else (found,)
             matches.extend(m for m in up_down_block if isinstance(m, Match))
             blocks.extend(b for b in up_down_block if isinstance(b, Block))
+    if separate_gates:
+        matches = [part for match in matches for part in _separated(match)]
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     matches.sort(key=lambda m: order[m.linears[0].node])
     return Found(tuple(matches), tuple(blocks), tuple(search.skipped))
+
+
+def _separated(match: Match) -> list[Match]:
+    if match.site.kind != "gate_up":
+        return [match]
+    kinds: tuple[SiteKind, SiteKind] = ("gate", "up")
+    return [make_match((lin,), kind, match.site.block) for lin, kind in zip(match.linears, kinds, strict=True)]
 
 
 def _linears(search: Search, eligible: Callable[[str], str | None]) -> dict[fx.Node, Linear]:
@@ -60,7 +74,7 @@ def _linears(search: Search, eligible: Callable[[str], str | None]) -> dict[fx.N
 
 
 def _arguments(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-    values = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
+    values: dict[str, Any] = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
     return values["input"], values["weight"], values.get("bias")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.pgo import get_code_state
 from torch._guards import TracingContext
 
 from rana_compile.passes.find import find_sites
@@ -42,15 +43,15 @@ class SiteInterpreter(fx.Interpreter):
 class Capture:
     """A backend for ``torch.compile`` that keeps what it finds and runs the graph through ``handler``."""
 
-    def __init__(self, eligible: Callable[[str], str | None], regroup: Callable[[Found], Found]) -> None:
+    def __init__(self, eligible: Callable[[str], str | None], separate_gates: bool) -> None:
         self.handler: Handler | None = None
         self.found: list[Found] = []
         self.codes: set[CodeType] = set()
         self._eligible = eligible
-        self._regroup = regroup
+        self._separate_gates = separate_gates
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found = self._regroup(find_sites(gm, self._eligible))
+        found = find_sites(gm, self._eligible, self._separate_gates)
         self.found.append(found)
         context = TracingContext.try_get()
         self.codes.update(getattr(context, "traced_code", None) or ())
@@ -66,13 +67,13 @@ class Capture:
 def capturing(
     model: torch.nn.Module,
     eligible: Callable[[str], str | None] = lambda name: None,
-    regroup: Callable[[Found], Found] = lambda found: found,
+    separate_gates: bool = False,
 ) -> Iterator[tuple[Callable[..., Any], Capture]]:
     """Yields (the model as a callable whose graphs run through ``capture.handler``, the capture).
 
     Afterwards Dynamo forgets these graphs, so that nothing stays alive and later compilations start clean.
     """
-    capture = Capture(eligible, regroup)
+    capture = Capture(eligible, separate_gates)
     limits = torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024)
     with limits, torch.enable_grad():  # one gradient mode for all passes: tracing takes longer than running
         try:
@@ -80,5 +81,34 @@ def capturing(
         finally:
             capture.handler = None
             capture.found.clear()
-            for code in capture.codes:
-                torch._dynamo.reset_code(code)
+            _forget(capture.codes)
+
+
+def _forget(codes: set[CodeType]) -> None:
+    """Drop compiled graphs of these codes, and what Dynamo remembers of their dynamic sizes.
+
+    With that memory a later ``model.compile`` would start with symbolic lengths, which take minutes longer to compile.
+    """
+    for code in codes:
+        torch._dynamo.reset_code(code)
+    remembered = get_code_state()
+    places = {(code.co_filename, code.co_firstlineno, code.co_name) for code in codes}
+    for key in [k for k in remembered if (k.filename, k.firstlineno, k.name) in places]:
+        del remembered[key]
+
+
+@contextmanager
+def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients inside; the model as it was afterwards, whatever happens."""
+    training = {module: module.training for module in model.modules()}
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    try:
+        model.eval()
+        for p in wanted:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for p in wanted:
+            p.requires_grad_(True)

@@ -11,7 +11,7 @@ import re
 from torch import fx
 
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
-_PATH = re.compile(r"L\['self'\]\.?|G\['[^']+'\]\.?")
+_PATH = re.compile(r"^[LG]\['[^']+'\]\.?")
 
 
 def source_name(placeholder: fx.Node) -> str | None:

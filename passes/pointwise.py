@@ -28,7 +28,7 @@ def is_active_dropout(node: fx.Node) -> bool:
         return False
     training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
     probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-    return bool(training) and probability != 0
+    return bool(training and probability != 0)
 
 
 def region_to(node: fx.Node, stops: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:

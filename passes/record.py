@@ -1,13 +1,14 @@
 """Handlers for ``SiteInterpreter``: record samples and moments, or compute adapters and count what they keep."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rana_compile.adapters import FAMILIES, Tensors
-from rana_compile.statistics import Sample
+from rana_compile.flops import dense_flops
+from rana_compile.statistics import LogHistogram, Sample
 from rana_compile.types import RanaError, Site
 
 
@@ -27,7 +28,7 @@ class Recorder:
     The model's parameters require no gradient, so autograd records only what follows the first sampled site.
     """
 
-    def __init__(self, capacity: int, seed: int) -> None:
+    def __init__(self, capacity: Callable[[], int], seed: int) -> None:
         self.sampling = True
         self.samples: dict[Site, Sample] = {}
         self._moments: dict[Site, tuple[Tensor, int]] = {}
@@ -52,7 +53,9 @@ class Recorder:
             self._moments[site] = (total + rows.t() @ rows, seen + len(rows))
             return dense(x, weights, biases)
         seed = self._seed + len(self.samples)
-        sample = self.samples.setdefault(site, Sample(self._capacity, seed))
+        if site not in self.samples:
+            self.samples[site] = Sample(self._capacity(), seed)
+        sample = self.samples[site]
         taken, slots = sample.offer(flat_rows(x))
         if x.requires_grad:
             own = x.view_as(x)  # its gradient is this site's share alone
@@ -65,34 +68,55 @@ class Recorder:
 class Adapted:
     """Runs sites through their adapters (dense where none is given) and measures what survives.
 
-    ``tensors`` are what the plan stores; what derives from the weights is computed at first use.
+    Args:
+        adapters: family and stored tensors of each site; what derives from the weights is computed at first use.
+        targets: mean live coordinates wanted at a site: its thresholds are scaled, from batch to batch, so that
+            this many survive on the inputs seen so far, which come from sites already scaled.
     """
 
-    def __init__(self, adapters: Mapping[Site, tuple[str, Tensors]], samples: Mapping[Site, Sample] | None = None):
+    def __init__(self, adapters: Mapping[Site, tuple[str, Tensors]], targets: Mapping[Site, float] | None = None):
         self._adapters = adapters
-        self._samples = samples or {}
-        self._derived: dict[Site, Tensors] = {}
-        self.live: dict[Site, float] = {site: 0.0 for site in adapters}
-        self.rows: dict[Site, int] = {site: 0 for site in adapters}
+        self._targets = targets or {}
+        self._tensors: dict[Site, Tensors] = {}
+        self._histograms = {site: LogHistogram() for site in self._targets}
+        self.scale: dict[Site, float] = {}
+        self._live = dict.fromkeys(adapters, 0)
+        self._rows = dict.fromkeys(adapters, 0)
 
     def __call__(
         self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> tuple[Tensor, ...]:
-        if site in self._samples:
-            self._samples[site].offer(flat_rows(x))
         if site not in self._adapters:
             return dense(x, weights, biases)
-        name, tensors = self._adapters[site]
+        name, stored = self._adapters[site]
         family = FAMILIES[name]
-        if site not in self._derived:
-            self._derived[site] = family.derive(weights, tensors)
-        tensors = tensors | self._derived[site]
+        if site not in self._tensors:
+            stored = {k: t.to(x.device) for k, t in stored.items()}
+            self._tensors[site] = stored | family.derive(weights, stored)
+        tensors = self._tensors[site]
         if "threshold" in tensors:
-            z = flat_rows(family.coordinates(x, tensors))
-            self.live[site] += float((z.abs() >= tensors["threshold"]).sum())
-            self.rows[site] += z.shape[0]
+            z = flat_rows(family.coordinates(x, tensors)).abs()
+            if site in self._targets:
+                tensors = tensors | {"threshold": tensors["threshold"] * self._rescaled(site, z / tensors["threshold"])}
+            self._live[site] += int((z >= tensors["threshold"]).sum())
+            self._rows[site] += len(z)
         return family.forward(x, weights, biases, tensors)
 
-    def mean_live(self, site: Site) -> float:
-        """Mean coordinates kept per token at a site with thresholds."""
-        return self.live[site] / max(self.rows[site], 1)
+    def _rescaled(self, site: Site, ratio: Tensor) -> float:
+        self._histograms[site].add(ratio)
+        self.scale[site] = self._histograms[site].level(self._targets[site] / ratio.shape[1])
+        return self.scale[site]
+
+    def live(self, site: Site) -> float:
+        """Mean coordinates kept per token at an adapted site."""
+        _, stored = self._adapters[site]
+        if "threshold" not in stored:
+            return float(stored["output_basis"].shape[1])
+        return self._live[site] / max(self._rows[site], 1)
+
+    def flops(self, site: Site) -> float:
+        """Realised FLOPs per token of a site, adapted or dense."""
+        if site not in self._adapters:
+            return dense_flops(site)
+        name, stored = self._adapters[site]
+        return FAMILIES[name].flops(site, self.live(site), stored)

@@ -47,7 +47,7 @@ def rewrite(gm: fx.GraphModule, lowerings: Sequence[Lowering]) -> fx.GraphModule
     return copy
 
 
-def copy_dynamo_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, Mapping[fx.Node, fx.Node]]:
+def copy_dynamo_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """A copy that AOTAutograd accepts, and the map from old nodes to new ones.
 
     The one place that touches Dynamo's private attributes: ``_dynamo_source`` on placeholders and
@@ -71,23 +71,24 @@ def _buffer(gm: fx.GraphModule, match: Match, name: str, tensor: Tensor) -> fx.N
     """A buffer of the graph module, registered so that AOTAutograd lifts it, and the node that reads it."""
     key = f"rana_{match.linears[0].node.name}_{name}"
     gm.register_buffer(key, tensor)
-    gm._param_name_to_source[key] = ConstantSource(key)  # type: ignore[index, operator]
+    gm._param_name_to_source[key] = ConstantSource(key)  # type: ignore[index, operator, assignment]
     first = next(node for node in gm.graph.nodes if node.op != "placeholder")
     with gm.graph.inserting_before(first):
         return gm.graph.get_attr(key)
 
 
-def _replace(graph: fx.Graph, lowering: Lowering, buffers: Mapping[str, fx.Node], env: Mapping[fx.Node, fx.Node]) -> None:
+def _replace(graph: fx.Graph, lowering: Lowering, buffers: Mapping[str, fx.Node], env: dict[fx.Node, fx.Node]) -> None:
     linears = lowering.match.linears
     targets = [env[lin.node] for lin in linears]
     order = {node: i for i, node in enumerate(graph.nodes)}
     first = min(targets, key=order.__getitem__)
     with graph.inserting_before(first):
         outputs = _emit(graph, lowering, buffers, env)
-    for target, output in zip(targets, outputs, strict=True):
+    for linear, target, output in zip(linears, targets, outputs, strict=True):
         output.meta = dict(target.meta)
         target.replace_all_uses_with(output)
         graph.erase_node(target)
+        env[linear.node] = output  # the input of a site still to come
 
 
 def _emit(
@@ -162,4 +163,3 @@ def _stacked_bias(graph: fx.Graph, linears: Sequence[Linear], env: Mapping[fx.No
 def stack_biases(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     """Biases of stacked weights as one [d_out], zeros where there is none."""
     return stack([w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)])
-

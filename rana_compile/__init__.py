@@ -1,16 +1,16 @@
-"""rana_compile: ``torch.compile(model, backend="rana")`` computes, token by token, only the ranks and neurons that matter.
+"""``torch.compile(model, backend="rana")``: compute, token by token, only the ranks and neurons that matter.
 
-    plan = rana_compile.calibrate(model, batches, flops_budget=0.6)
-    model.compile(backend="rana", options={"plan": plan})
+plan = rana_compile.calibrate(model, batches, flops_budget=0.6)
+model.compile(backend="rana", options={"plan": plan})
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rana_compile.backend import adapted as adapted
     from rana_compile.calibration import calibrate as calibrate
-    from rana_compile.calibration import measure_cost as measure_cost
+    from rana_compile.evaluation import adapted as adapted
+    from rana_compile.evaluation import measure_cost as measure_cost
     from rana_compile.plan import Plan as Plan
     from rana_compile.types import ConfigError as ConfigError
     from rana_compile.types import PlanError as PlanError
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _WHERE = {
     "Plan": "plan",
     "calibrate": "calibration",
-    "measure_cost": "calibration",
-    "adapted": "backend",
+    "measure_cost": "evaluation",
+    "adapted": "evaluation",
     "ConfigError": "types",
     "PlanError": "types",
     "RanaError": "types",

@@ -11,8 +11,11 @@ Zoltners 1979, "The multiple-choice knapsack problem".
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from rana_compile.types import ConfigError
+
+ROUNDING = 1e-9  # relative: sums of costs in any order
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,10 @@ def allocate(sites: Sequence[Sequence[Option]], budget: float) -> list[int]:
         ConfigError: if even the cheapest options exceed the budget (the message states the least budget).
     """
     least = sum(min(o.cost for o in options) for options in sites)
-    if least > budget * (1 + 1e-12):
+    if least > budget * (1 + ROUNDING):
         raise ConfigError(f"the budget {budget:.4g} cannot be reached: the cheapest candidates cost {least:.4g}")
     chosen = [_cheapest(options) for options in sites]
-    left = budget - sum(options[k].cost for options, k in zip(sites, chosen, strict=True))
+    left = budget * (1 + ROUNDING) - sum(options[k].cost for options, k in zip(sites, chosen, strict=True))
     for _, i, k in sorted(_hull_steps(sites)):
         step = sites[i][k].cost - sites[i][chosen[i]].cost
         if step <= left and sites[i][k].price < sites[i][chosen[i]].price:
@@ -51,7 +54,7 @@ def _hull_steps(sites: Sequence[Sequence[Option]]) -> list[tuple[float, int, int
     steps = []
     for i, options in enumerate(sites):
         hull = convex_hull(options)
-        for a, b in zip(hull, hull[1:], strict=False):
+        for a, b in pairwise(hull):
             slope = (options[b].price - options[a].price) / (options[b].cost - options[a].cost)
             steps.append((slope, i, b))
     return steps
@@ -84,7 +87,7 @@ def _spend(sites: Sequence[Sequence[Option]], chosen: list[int], left: float) ->
             now = options[chosen[i]]
             for k, option in enumerate(options):
                 cost, saved = option.cost - now.cost, now.price - option.price
-                if saved <= 0 or cost > left:
+                if not saved > 0 or cost > left:  # NaN is not a saving
                     continue
                 rate = saved / cost if cost > 0 else math.inf
                 if best is None or rate > best[0]:

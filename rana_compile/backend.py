@@ -1,21 +1,19 @@
 """The Dynamo backend ``rana``: find the plan's sites in a graph, put adapters in, hand the rest to Inductor."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from os import PathLike
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from rana_compile.binding import Bound, bind
+from rana_compile.binding import Bound, Stamp, bind, stamp
 from rana_compile.config import BackendOptions
+from rana_compile.kernels import ops
 from rana_compile.passes.find import bind_sites
 from rana_compile.passes.match import Match
 from rana_compile.passes.rewrite import Lowering, rewrite
 from rana_compile.plan import Plan
-from rana_compile.types import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -36,26 +34,17 @@ def rana(
         PlanError: the plan cannot be read or belongs to other weights.
     """
     parsed = BackendOptions.parse(options, mode)
-    plan = load_plan(parsed.plan)
-    adapted, refresh = adapt_graph(gm, example_inputs, plan, parsed.prefill, kernels=True)
+    plan = Plan.of(parsed.plan)
+    adapted, refresh = adapt_graph(gm, example_inputs, plan, parsed.prefill)
     compiled = _inductor(adapted, example_inputs, parsed)
     return _refreshing(compiled, refresh) if refresh else compiled
-
-
-def load_plan(plan: Any) -> Plan:
-    """The plan itself, or the plan saved at a path (read once per path and modification)."""
-    if isinstance(plan, Plan):
-        return plan
-    if isinstance(plan, str | PathLike):
-        return Plan.load(plan)
-    raise ConfigError(f"option 'plan' is a {type(plan).__name__}; expected a rana_compile.Plan or a path")
 
 
 Refresh = list[tuple[Bound, tuple[int, ...]]]  # a bound site and the positions of its weights among the inputs
 
 
 def adapt_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, prefill: str, kernels: bool
+    gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, prefill: str = "adapted"
 ) -> tuple[fx.GraphModule, Refresh]:
     """The graph with the plan's adapters, and what to check against its weights before each call."""
     position = {node: i for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
@@ -68,9 +57,9 @@ def adapt_graph(
         places = tuple(position[lin.weight] for lin in match.linears)
         weights = [example_inputs[i] for i in places]
         training = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
-        decode = kernels and not training and _is_decode(match, weights)
+        decode = not training and _is_decode(match, weights)
         if decode:
-            _load_kernels(weights[0].device.type)
+            ops.load(weights[0].device.type)
         if entry.family == "dense":
             if decode:
                 lowerings.append(Lowering(match, "dense", True, {}))
@@ -89,15 +78,11 @@ def adapt_graph(
 
 
 def _is_decode(match: Match, weights: Sequence[Tensor]) -> bool:
+    """Whether the masked kernels take this site: few rows, fixed at compile time, one dtype, a device they know."""
     rows = match.rows
-    same = {match.x.meta["example_value"].dtype, *(w.dtype for w in weights)}
-    return rows is not None and rows <= DECODE_ROWS and len(same) == 1
-
-
-def _load_kernels(device_type: str) -> None:
-    from rana_compile.kernels import ops
-
-    ops.load(device_type)
+    dtypes = {match.x.meta["example_value"].dtype, *(w.dtype for w in weights)}
+    few = rows is not None and 0 < rows <= DECODE_ROWS
+    return few and len(dtypes) == 1 and dtypes <= ops.DTYPES and ops.is_supported(weights[0].device.type)
 
 
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions) -> Callable[..., Any]:
@@ -106,37 +91,23 @@ def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Backen
 
     patches = dict(list_mode_options(options.mode)) if options.mode else {}
     patches |= dict(options.inductor or {})
-    return compile_fx(gm, list(example_inputs), config_patches=patches)
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
+    return compiled
 
 
 def _refreshing(compiled: Callable[..., Any], refresh: Refresh) -> Callable[..., Any]:
     """Packed copies follow the weights: checked before each call, rewritten in place if a weight changed."""
 
+    watched = sorted({i for _, places in refresh for i in places})
+    seen: Stamp = ()
+
     def call(*args: Any) -> Any:
-        for bound, places in refresh:
-            bound.refresh([args[i] for i in places])
+        nonlocal seen
+        now = stamp([args[i] for i in watched])
+        if now != seen:
+            for bound, places in refresh:
+                bound.refresh([args[i] for i in places])
+            seen = now
         return compiled(*args)
 
-    call._boxed_call = False  # type: ignore[attr-defined]
     return call
-
-
-@contextmanager
-def adapted(model: torch.nn.Module, plan: Plan | str | PathLike[str]) -> Iterator[Callable[..., Any]]:
-    """Yields the adapted model as a callable, run eagerly: masks on for every token, no kernels, no Inductor.
-
-    For quality figures and for checking a compiled model against the plain formulas.
-    """
-    chosen = load_plan(plan)
-    codes: set[Any] = set()
-
-    def eager(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        context = torch._guards.TracingContext.try_get()
-        codes.update(getattr(context, "traced_code", None) or ())
-        return adapt_graph(gm, example_inputs, chosen, "adapted", kernels=False)[0]
-
-    try:
-        yield torch.compile(model, backend=eager)
-    finally:
-        for code in codes:
-            torch._dynamo.reset_code(code)

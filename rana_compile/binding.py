@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rana_compile.adapters import FAMILIES, Tensors
-from rana_compile.plan import Plan, SitePlan, weight_hash
-from rana_compile.types import PlanError
+from rana_compile.plan import Plan, SitePlan
 
 Stamp = tuple[tuple[int, int], ...]
 
@@ -55,10 +54,15 @@ class Bound:
         return self._packed
 
     def refresh(self, weights: Sequence[Tensor]) -> None:
-        """Bring what was derived from the weights up to date, in place, if the weights have changed."""
+        """Bring what was derived from the weights up to date, in place, if the weights have changed.
+
+        Raises PlanError if they are other tensors with other values.
+        """
         now = stamp(weights)
         if now == self._stamp:
             return
+        if [place for place, _ in now] != [place for place, _ in self._stamp]:
+            self.entry.check(weights)  # other tensors, not an update of these: a graph may serve two models
         with torch.no_grad():
             if self._folded is not None:
                 _copy(self._folded, self._family.derive(weights, self._stored))
@@ -84,20 +88,7 @@ def bind(plan: Plan, entry: SitePlan, weights: Sequence[Tensor]) -> Bound:
     by_weight = _BOUND.setdefault(plan, WeakTensorKeyDictionary())
     bound: Bound | None = by_weight.get(weights[0])
     if bound is None or bound.entry is not entry:
-        _check(entry, weights, str(plan.info.get("dtype", "?")))
+        entry.check(weights)
         bound = by_weight[weights[0]] = Bound(entry, weights)
     bound.refresh(weights)
     return bound
-
-
-def _check(entry: SitePlan, weights: Sequence[Tensor], dtype: str) -> None:
-    site = entry.site
-    expected = [(d_out, site.d_in) for d_out in site.d_outs]
-    found = [tuple(w.shape) for w in weights]
-    if found != expected:
-        raise PlanError(f"{site.name}: the plan was fitted on weights of shapes {expected}, this model has {found}")
-    if weight_hash(list(weights)) != entry.weight_hash:
-        raise PlanError(
-            f"{site.name}: the weights are not those the plan was fitted on (fitted as {dtype}, now "
-            f"{weights[0].dtype}; values or dtype differ); calibrate this model, or load the weights of the plan"
-        )

@@ -6,23 +6,21 @@ streamed; per site only a bounded sample of rows (and second moments for bases) 
 
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rana_compile.adapters import FAMILIES, Tensors
+from rana_compile.adapters import Tensors
 from rana_compile.data import Batch, as_batches, rows_of
-from rana_compile.fitting import Candidate, Evidence, quantiles
+from rana_compile.fitting import Candidate, Evidence
 from rana_compile.flops import dense_flops, total_dense_flops
 from rana_compile.objective import divergence, main_output, summed_loss
-from rana_compile.passes.interpret import Capture, capturing
-from rana_compile.passes.match import Found, Match
+from rana_compile.passes.interpret import Capture, capturing, undisturbed
+from rana_compile.passes.match import Found
 from rana_compile.passes.mlp import hidden_function
 from rana_compile.passes.record import Adapted, Recorder, dense
-from rana_compile.passes.sites import make_match
 from rana_compile.plan import Plan, SitePlan, weight_hash
 from rana_compile.progress import Progress
 from rana_compile.recipes import RECIPES, Choice, Mlp
@@ -31,8 +29,8 @@ from rana_compile.types import ConfigError, RanaError, Site, Skipped, parameter_
 
 SAMPLE_BYTES = 1_600_000_000  # for all samples together
 MAX_SAMPLE_ROWS = 4096
-REFITS = 2
-TOLERANCE = 0.005  # relative miss of the budget that is accepted without another refit
+MAX_REFITS = 3
+TOLERANCE = 0.005  # relative miss of the chosen cost that is accepted without another refit
 
 
 def calibrate(
@@ -68,28 +66,17 @@ def calibrate(
     keep = parameter_filter(include, exclude, [name for name, _ in model.named_parameters(remove_duplicate=False)])
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     data = as_batches(batches, device)
+    _check_vocabulary(model, data)
     held_back = data[3::4] or data[-1:]
     fitting = [batch for i, batch in enumerate(data) if i % 4 != 3 and batch is not held_back[-1]]
-    regroup = _separate_gates if recipe == "rana" else _as_found
-    steps = len(fitting) * (1 + 2 * REFITS) + 2 * len(held_back)
-    with _undisturbed(model), capturing(model, keep, regroup) as (run, capture), Progress(progress, steps) as bar:
+    steps = len(fitting) + len(data) + 2 * len(held_back)
+    with (
+        undisturbed(model),
+        capturing(model, keep, recipe == "rana") as (run, capture),
+        Progress(progress, steps) as bar,
+    ):
         session = _Session(model, run, capture, bar, seed)
         return session.fit(fitting, held_back, flops_budget, recipe)
-
-
-def measure_cost(model: torch.nn.Module, plan: Plan, batches: Iterable[Any]) -> float:
-    """Realised FLOPs per token on other data, as a share of the dense FLOPs of the plan's sites."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    adapted = Adapted({s.site: (s.family, s.tensors) for s in plan.adapted})
-    names = {name for s in plan.sites for name in s.site.weights}
-    separate = any(s.site.kind == "gate" for s in plan.sites)
-    regroup = _separate_gates if separate else _as_found
-    with _undisturbed(model), capturing(model, lambda n: None if n in names else "not in the plan", regroup) as (run, c):
-        c.handler = adapted
-        for batch in as_batches(batches, device):
-            run(**batch)
-    kept = sum(_site_flops(s.site, s.family, s.tensors, adapted) for s in plan.sites)
-    return kept / total_dense_flops(s.site for s in plan.sites)
 
 
 def _check_arguments(flops_budget: float, recipe: str) -> None:
@@ -99,37 +86,17 @@ def _check_arguments(flops_budget: float, recipe: str) -> None:
         raise ConfigError(f"flops_budget is {flops_budget!r}; expected a share of the dense FLOPs in (0, 1]")
 
 
-def _as_found(found: Found) -> Found:
-    return found
-
-
-def _separate_gates(found: Found) -> Found:
-    """Gate and up as sites of their own, as the paper adapts them."""
-    matches: list[Match] = []
-    for match in found.matches:
-        if match.site.kind != "gate_up":
-            matches.append(match)
-            continue
-        for linear, kind in zip(match.linears, ("gate", "up"), strict=True):
-            matches.append(make_match((linear,), kind, match.site.block))  # type: ignore[arg-type]
-    return replace(found, matches=tuple(matches))
-
-
-@contextmanager
-def _undisturbed(model: torch.nn.Module):  # type: ignore[no-untyped-def]
-    """Evaluation mode and no parameter gradients inside; the model as it was afterwards, whatever happens."""
-    training = {module: module.training for module in model.modules()}
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    try:
-        model.eval()
-        for p in wanted:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-        for p in wanted:
-            p.requires_grad_(True)
+def _check_vocabulary(model: torch.nn.Module, data: Sequence[Batch]) -> None:
+    getter: Any = getattr(model, "get_input_embeddings", None)
+    embeddings = getter() if getter else None
+    size = getattr(embeddings, "num_embeddings", None)
+    for i, batch in enumerate(data):
+        ids = batch.get("input_ids")
+        if size and ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            worst = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+            raise ConfigError(
+                f"batch {i} holds token id {worst}; this model's vocabulary is 0 to {size - 1}: use its own tokenizer"
+            )
 
 
 class _Session:
@@ -148,20 +115,27 @@ class _Session:
         evidence = [self._evidence(site, sample, recorder) for site, sample in recorder.samples.items()]
         self.bar.say("choosing adapters")
         choice = RECIPES[recipe](evidence, self._mlps(found, recorder), budget)
-        choice = self._refit(choice, fitting, budget)
-        adapted, measured = self._measure(choice, held_back)
+        live = {site: c.live for site, c in choice.items() if "threshold" in c.tensors}
+        wanted = sum(c.option.cost for c in choice.values())
+        for _ in range(MAX_REFITS):
+            choice = self._refit(choice, fitting + held_back, live)
+            adapted, measured = self._measure(choice, held_back)
+            miss = sum(map(adapted.flops, choice)) / wanted - 1
+            if abs(miss) <= TOLERANCE:
+                break
+            live = {site: n / (1 + miss) for site, n in live.items()}
         return self._plan(choice, adapted, measured, budget, recipe, found)
 
     def _record(self, batches: list[Batch], with_bases: bool) -> Recorder:
         rows = sum(map(rows_of, batches))
-        recorder = Recorder(self._capacity(batches[0], rows), self.seed)
+        recorder = Recorder(lambda: self._capacity(rows), self.seed)
         self.capture.handler = recorder
         generator = torch.Generator().manual_seed(self.seed)
         for i, batch in enumerate(batches):
             self.bar.say("recording inputs and gradients")
             recorder.sampling = not (with_bases and i % 2)
             output = self.run(**batch)
-            if recorder.sampling:
+            if recorder.sampling and recorder.samples:
                 summed_loss(output, generator).backward()
             self.tokens += rows_of(batch)
             self.bar.step()
@@ -170,10 +144,8 @@ class _Session:
             raise RanaError(f"no linear layer of the model can be adapted ({reasons or 'none was found'})")
         return recorder
 
-    def _capacity(self, batch: Batch, rows: int) -> int:
+    def _capacity(self, rows: int) -> int:
         """Rows per site that keep all samples within SAMPLE_BYTES."""
-        self.capture.handler = _dense_handler
-        self.run(**batch)
         per_row = sum(m.site.d_in * 6 for f in self.capture.found for m in f.matches)  # x 4 bytes, u 2
         return max(64, min(rows, MAX_SAMPLE_ROWS, SAMPLE_BYTES // max(per_row, 1)))
 
@@ -193,43 +165,19 @@ class _Session:
                 mlps.append(Mlp(inputs, by_weights[block.down.weights], hidden_function(block)))
         return mlps
 
-    def _refit(self, choice: Choice, batches: list[Batch], budget: float) -> Choice:
+    def _refit(self, choice: Choice, batches: list[Batch], live: Mapping[Site, float]) -> Choice:
         """Thresholds again, on the inputs each site sees when the sites before it are adapted."""
-        targets = {site: c.live for site, c in choice.items() if "threshold" in c.tensors}
-        for _ in range(REFITS):
-            samples = {site: Sample(MAX_SAMPLE_ROWS // 2, self.seed) for site in targets}
-            adapted = self._pass(choice, batches, samples)
-            for site, live in targets.items():
-                choice[site] = self._with_live(choice[site], site, samples[site], live, adapted)
-        return choice
-
-    def _with_live(
-        self, candidate: Candidate, site: Site, sample: Sample, live: float, adapted: Adapted
-    ) -> Candidate:
-        """The same adapter with its thresholds scaled so that ``live`` coordinates survive on this sample."""
-        family = FAMILIES[candidate.family]
-        assert sample.x is not None
-        weights = [self.parameters[name].detach() for name in site.weights]
-        tensors = candidate.tensors | family.derive(weights, candidate.tensors)
-        z = family.coordinates(sample.x[: sample.rows].to(weights[0].device), tensors).float().cpu()
-        ratio = z.abs() / candidate.tensors["threshold"]  # kept where ≥ 1
-        level = quantiles(ratio.nan_to_num(torch.inf), (live / z.shape[1],))[0]
-        return replace(candidate, tensors=candidate.tensors | {"threshold": candidate.tensors["threshold"] * level})
-
-    def _pass(self, choice: Choice, batches: list[Batch], samples: Mapping[Site, Sample]) -> Adapted:
-        adapters = {site: (c.family, c.tensors) for site, c in choice.items() if c.family != "dense"}
-        adapted = Adapted(adapters, samples)
-        self.capture.handler = adapted
+        refitting = Adapted(_adapters(choice), live)
+        self.capture.handler = refitting
         for batch in batches:
             self.bar.say("refitting thresholds with the adapters on")
             self.run(**batch)
-            self.bar.step(2)
-        return adapted
+            self.bar.step()
+        return {site: c if site not in live else _scaled(c, refitting.scale[site]) for site, c in choice.items()}
 
     def _measure(self, choice: Choice, batches: list[Batch]) -> tuple[Adapted, dict[str, float]]:
         """Realised cost, and the divergence from the dense model, on held-back batches."""
-        adapters = {site: (c.family, c.tensors) for site, c in choice.items() if c.family != "dense"}
-        adapted = Adapted(adapters)
+        adapted = Adapted(_adapters(choice))
         total, rows = 0.0, 0
         for batch in batches:
             self.bar.say("measuring on held-back batches")
@@ -248,8 +196,8 @@ class _Session:
         sites = []
         for site, c in choice.items():
             stored: Tensors = {k: t.detach().cpu().contiguous() for k, t in c.tensors.items()}
-            flops = _site_flops(site, c.family, stored, adapted)
-            live = adapted.mean_live(site) if "threshold" in stored else c.live
+            flops = adapted.flops(site)
+            live = c.live if c.family == "dense" else adapted.live(site)
             digest = weight_hash([self.parameters[name] for name in site.weights])
             sites.append(SitePlan(site, c.family, stored, live, flops / dense_flops(site), c.option.price, digest))
         dtype = {str(self.parameters[name].dtype) for site in choice for name in site.weights}
@@ -274,7 +222,9 @@ def _dense_handler(
     return dense(x, weights, biases)
 
 
-def _site_flops(site: Site, family: str, tensors: Tensors, adapted: Adapted) -> float:
-    if family == "dense":
-        return dense_flops(site)
-    return FAMILIES[family].flops(site, adapted.mean_live(site), tensors)
+def _adapters(choice: Choice) -> dict[Site, tuple[str, Tensors]]:
+    return {site: (c.family, c.tensors) for site, c in choice.items() if c.family != "dense"}
+
+
+def _scaled(candidate: Candidate, factor: float) -> Candidate:
+    return replace(candidate, tensors=candidate.tensors | {"threshold": candidate.tensors["threshold"] * factor})

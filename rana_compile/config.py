@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from rana_compile.types import ConfigError
 
-RECIPES = ("auto", "neuron", "rana")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class BackendOptions:
         return parsed
 
     def _check(self) -> None:
+        if self.mode not in (None, *MODES):
+            raise ConfigError(f"mode {self.mode!r} is not one of Inductor's; known modes: {', '.join(MODES)}")
         if self.prefill not in ("adapted", "dense"):
             raise ConfigError(f"option 'prefill' is {self.prefill!r}; expected 'adapted' or 'dense'")
         if self.inductor is not None and not isinstance(self.inductor, Mapping):

@@ -20,9 +20,11 @@ from rana_compile.flops import dense_flops
 from rana_compile.types import Site
 
 DENSITIES = tuple(k / 40 for k in range(4, 40))
-RANKS = tuple(k / 8 for k in range(2, 9))
+RANKS = tuple(k / 8 for k in range(2, 8))
+RANK_ROWS = 1024  # tokens that price rank adapters
 CROSS_TERMS = 0.5
 ISOTROPIC = 0.1
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,11 @@ def neuron_candidates(
     scale = importance_scale(evidence, importance)
     scores = evidence.x.abs() * scale  # [rows, d_in]
     family = FAMILIES["neuron"]
+    levels = quantiles(scores, densities)
     effect = _effect(evidence.x, evidence.u, evidence.weight.square().sum(0))
-    for level in quantiles(scores, densities):
-        dropped = scores < level
-        tensors = {"threshold": level / scale.clamp_min(torch.finfo(torch.float32).tiny)}
-        live = float((~dropped).sum()) / len(scores)
-        yield Candidate("neuron", tensors, live, Option(family.flops(evidence.site, live, tensors), _price(effect, dropped)))
+    for level, (live, price) in zip(levels, _price_levels(effect, scores, levels), strict=True):
+        tensors = {"threshold": level / scale.clamp_min(_TINY)}
+        yield Candidate("neuron", tensors, live, Option(family.flops(evidence.site, live, tensors), price))
 
 
 def importance_scale(evidence: Evidence, importance: str) -> Tensor:
@@ -92,8 +93,8 @@ def importance_scale(evidence: Evidence, importance: str) -> Tensor:
 def rank_candidates(evidence: Evidence) -> Iterator[Candidate]:
     """Rank adapters (and static low rank, their densest point) over ``RANKS`` × ``DENSITIES``."""
     output_basis, pull = output_basis_of(evidence)
-    z = evidence.x @ (evidence.weight.t() @ output_basis)  # [rows, r_max]
-    slope = None if evidence.u is None else evidence.u @ pull  # Uᵀg
+    z = evidence.x[:RANK_ROWS] @ (evidence.weight.t() @ output_basis)  # [rows, r_max]
+    slope = None if evidence.u is None else evidence.u[:RANK_ROWS] @ pull  # Uᵀg
     effect = _effect(z, slope, torch.ones(z.shape[1]))
     scale = torch.ones(z.shape[1]) if slope is None else slope.square().mean(0).sqrt()
     scores = z.abs() * scale
@@ -101,18 +102,16 @@ def rank_candidates(evidence: Evidence) -> Iterator[Candidate]:
     for share in RANKS:
         r = max(1, round(share * z.shape[1]))
         kept = {"output_basis": output_basis[:, :r]}
-        low_rank = torch.zeros_like(scores, dtype=torch.bool)
-        low_rank[:, r:] = True
-        flops = FAMILIES["low_rank"].flops(site, r, kept)
-        if flops < dense_flops(site):
-            yield Candidate("low_rank", kept, r, Option(flops, _price(effect, low_rank)))
-        for level in quantiles(scores[:, :r], DENSITIES[:-1:3]):
-            dropped = (scores < level) | low_rank
-            live = float((~dropped).sum()) / len(scores)
-            tensors = kept | {"threshold": level / scale[:r].clamp_min(torch.finfo(torch.float32).tiny)}
-            flops = FAMILIES["rank"].flops(site, live, tensors)
+        never = scores.index_fill(1, torch.arange(r, z.shape[1]), -1.0)  # beyond the rank: below every threshold
+        levels = quantiles(scores[:, :r], DENSITIES[:-1:3])
+        priced = _price_levels(effect, never, torch.cat([torch.zeros(1), levels.sort().values]))
+        for level, (live, price) in zip([None, *levels.sort().values], priced, strict=True):
+            name, tensors = "low_rank", kept
+            if level is not None:
+                name, tensors = "rank", kept | {"threshold": level / scale[:r].clamp_min(_TINY)}
+            flops = FAMILIES[name].flops(site, live, tensors)
             if flops < dense_flops(site):
-                yield Candidate("rank", tensors, live, Option(flops, _price(effect, dropped)))
+                yield Candidate(name, tensors, live, Option(flops, price))
 
 
 def output_basis_of(evidence: Evidence) -> tuple[Tensor, Tensor]:
@@ -126,7 +125,9 @@ def output_basis_of(evidence: Evidence) -> tuple[Tensor, Tensor]:
     if weight.shape[0] <= weight.shape[1]:
         values, basis = torch.linalg.eigh(weight @ moment @ weight.t())
         basis = basis.flip(1)
-        return basis.float(), (torch.linalg.pinv(weight) @ basis).float()
+        gram = weight @ weight.t()
+        gram.diagonal().add_(gram.diagonal().mean() * 1e-9)  # a dead output must not make it singular
+        return basis.float(), (weight.t() @ torch.linalg.solve(gram, basis)).float()
     root = _square_root(moment)
     values, vectors = torch.linalg.eigh(root @ (weight.t() @ weight) @ root)
     keep = values > values[-1] * 1e-10
@@ -156,11 +157,25 @@ def _effect(z: Tensor, slope: Tensor | None, energy: Tensor) -> tuple[Tensor, bo
     return z * slope, True
 
 
-def _price(effect: tuple[Tensor, bool], dropped: Tensor) -> float:
+def _price_levels(effect: tuple[Tensor, bool], scores: Tensor, levels: Tensor) -> list[tuple[float, float]]:
+    """(mean coordinates kept per row, price) at each level, where scores [rows, d] below the level are dropped.
+
+    One pass for all levels: every coordinate falls in the bucket between two levels, and what a level drops is
+    the sum of the buckets below it.
+    """
     values, has_gradient = effect
-    lost = values * dropped
-    if not has_gradient:
-        return float(lost.sum(1).mean() / values.sum(1).mean().clamp_min(1e-30))  # relative squared error
-    joint = lost.sum(1).square().mean()
-    apart = lost.square().sum(1).mean()
-    return 0.5 * float(CROSS_TERMS * joint + (1 - CROSS_TERMS) * apart)
+    ordered, order = levels.sort()
+    bucket = torch.bucketize(scores, ordered, right=True)  # dropped at level k where bucket ≤ k
+
+    def dropped(what: Tensor) -> Tensor:  # [rows, d] -> [rows, levels]
+        sums = what.new_zeros(len(what), len(ordered) + 1).scatter_add_(1, bucket, what)
+        return sums.cumsum(1)[:, :-1]
+
+    count = torch.bincount(bucket.flatten(), minlength=len(ordered) + 1).cumsum(0)[:-1].double() / len(scores)
+    if has_gradient:
+        joint, apart = dropped(values).square().mean(0), dropped(values.square()).mean(0)
+        prices = 0.5 * (CROSS_TERMS * joint + (1 - CROSS_TERMS) * apart)
+    else:
+        prices = dropped(values).mean(0) / values.sum(1).mean().clamp_min(1e-30)  # relative squared error
+    result = [(scores.shape[1] - float(n), float(p)) for n, p in zip(count, prices, strict=True)]
+    return [result[i] for i in order.argsort()]

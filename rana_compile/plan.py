@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from rana_compile.adapters import FAMILIES, Tensors
 from rana_compile.flops import dense_flops, total_dense_flops
-from rana_compile.types import PlanError, Site, Skipped
+from rana_compile.types import ConfigError, PlanError, Site, Skipped
 
 FORMAT = 1
 _KEY = "rana_compile"
@@ -43,6 +44,21 @@ class SitePlan:
     flops_kept: float
     error: float
     weight_hash: str
+
+    def check(self, weights: Sequence[Tensor]) -> None:
+        """Raises PlanError unless these are the weights that the site was fitted on, in the same dtype."""
+        expected = [(d_out, self.site.d_in) for d_out in self.site.d_outs]
+        found = [tuple(w.shape) for w in weights]
+        if found != expected:
+            raise PlanError(
+                f"{self.site.name}: the plan was fitted on weights of shapes {expected}, this model has {found}; "
+                "calibrate this model"
+            )
+        if weight_hash(weights) != self.weight_hash:
+            raise PlanError(
+                f"{self.site.name}: the weights are not those the plan was fitted on (values or dtype differ, now "
+                f"{weights[0].dtype}); calibrate this model, or load the weights of the plan"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +117,8 @@ class Plan:
             raise
 
     def _document(self) -> dict[str, Any]:
-        sites = [{k: v for k, v in vars(s).items() if k not in ("site", "tensors")} | asdict(s.site) for s in self.sites]
+        own = ("family", "live", "flops_kept", "error", "weight_hash")
+        sites = [{k: getattr(s, k) for k in own} | asdict(s.site) for s in self.sites]
         return {
             "format": FORMAT,
             "flops_asked": self.flops_asked,
@@ -111,6 +128,28 @@ class Plan:
             "skipped": [asdict(s) for s in self.skipped],
         }
 
+    def check(self, model: torch.nn.Module) -> None:
+        """Raises PlanError unless the plan was fitted on this model: parameter names, shapes, dtypes and values."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for entry in self.sites:
+            if missing := [name for name in entry.site.weights if name not in parameters]:
+                raise PlanError(f"the plan is for another model: this one has no parameter {missing[0]!r}")
+            entry.check([parameters[name] for name in entry.site.weights])
+
+    @classmethod
+    def of(cls, plan: Any) -> "Plan":
+        """The plan itself, or the one saved at a path, read once while the file does not change.
+
+        Raises ConfigError if it is neither, PlanError as ``load`` does.
+        """
+        if isinstance(plan, cls):
+            return plan
+        if not isinstance(plan, str | os.PathLike):
+            raise ConfigError(f"the plan is a {type(plan).__name__}; expected a rana_compile.Plan or a path")
+        path = Path(plan)
+        state = path.stat() if path.exists() else None
+        return _load_once(str(path), (state.st_mtime_ns, state.st_size) if state else None)
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """Read a plan. Raises PlanError if the file is missing, damaged, or of a newer format."""
@@ -119,7 +158,7 @@ class Plan:
         try:
             with safe_open(str(path), framework="pt") as file:
                 document = json.loads((file.metadata() or {})[_KEY])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
         except FileNotFoundError:
             raise PlanError(f"no plan at {str(path)!r}; save one with plan.save(path)") from None
         except (SafetensorError, KeyError, ValueError, OSError) as error:
@@ -137,6 +176,11 @@ class Plan:
         return plan_text(self)
 
 
+@lru_cache(maxsize=8)
+def _load_once(path: str, version: tuple[int, int] | None) -> Plan:
+    return Plan.load(path)
+
+
 def _from_document(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
     return Plan(
         sites=tuple(_site_plan(entry, i, tensors) for i, entry in enumerate(document["sites"])),
@@ -149,17 +193,18 @@ def _from_document(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 
 def _site_plan(entry: Mapping[str, Any], index: int, tensors: Mapping[str, Tensor]) -> SitePlan:
     keys = ("name", "kind", "weights", "d_in", "d_outs", "block")
-    site = Site(**{k: tuple(entry[k]) if isinstance(entry[k], list) else entry[k] for k in keys})
+    fields: dict[str, Any] = {k: tuple(entry[k]) if isinstance(entry[k], list) else entry[k] for k in keys}
+    site = Site(**fields)
     stored = FAMILIES[entry["family"]].stored if entry["family"] != "dense" else ()
     rest = {k: entry[k] for k in ("family", "live", "flops_kept", "error", "weight_hash")}
     return SitePlan(site=site, tensors={k: tensors[f"{index}.{k}"] for k in stored}, **rest)
 
 
-def weight_hash(weights: "list[Tensor] | tuple[Tensor, ...]") -> str:
+def weight_hash(weights: Sequence[Tensor]) -> str:
     """SHA-256 over dtype, shape and bytes of weights, in order."""
     digest = hashlib.sha256()
     for weight in weights:
         flat = weight.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(f"{weight.dtype}{tuple(weight.shape)}".encode())
-        digest.update(flat.numpy())
+        digest.update(flat.numpy().data)
     return digest.hexdigest()

@@ -127,7 +127,7 @@ def _split_mlp(mlp: Mlp, by_site: Mapping[Site, Evidence], ratio: float) -> Choi
     options: list[dict[int, tuple[Candidate, Tensor]]] = []
     for site in mlp.inputs:
         evidence = by_site[site]
-        fitted = {s: _try(lambda e=evidence, s=s: best_rank(e, total * s / 18 / dense_flops(e.site))) for s in shares}
+        fitted = {s: _rank_or_none(evidence, total * s / 18 / dense_flops(site)) for s in shares}
         options.append({s: (c, _run(c, evidence)) for s, c in fitted.items() if c is not None})
     exact = mlp.hidden(*(by_site[s].x @ by_site[s].weight.t() for s in mlp.inputs)) @ down.weight.t()
     best: tuple[float, list[Candidate]] | None = None
@@ -147,9 +147,9 @@ def _split_mlp(mlp: Mlp, by_site: Mapping[Site, Evidence], ratio: float) -> Choi
     return dict(zip(sites, best[1], strict=True))
 
 
-def _try(fit: Callable[[], Candidate]) -> Candidate | None:
+def _rank_or_none(evidence: Evidence, ratio: float) -> Candidate | None:
     try:
-        return fit()
+        return best_rank(evidence, ratio)
     except ConfigError:
         return None  # this share is too small for B; other splits are tried, and none left is an error
 

@@ -1,4 +1,4 @@
-"""What calibration remembers of a site: a bounded sample of paired inputs and gradients, never all of them.
+"""What calibration remembers of a site: bounded samples and histograms, never all activations.
 
 ``u = Wᵀ ∂loss/∂y`` is the gradient at the site's input through this site alone. With it the effect of
 dropping coordinates D of x on the loss is ``g·δ = -Σ_{j∈D} u_j x_j``, without storing the (wider) g.
@@ -59,3 +59,26 @@ class Sample:
         slots = slot[order]
         last = {int(s): int(i) for s, i in zip(slots, order, strict=True)}
         return torch.tensor(list(last.values()), dtype=torch.long), torch.tensor(list(last), dtype=torch.long)
+
+
+class LogHistogram:
+    """Quantiles of a stream of non-negative numbers from counts over their binary logarithms."""
+
+    BINS, OCTAVES = 8192, 24
+
+    def __init__(self) -> None:
+        self._counts = torch.zeros(self.BINS, dtype=torch.float64)
+
+    def add(self, values: Tensor) -> None:
+        """Values [...]; infinity and NaN count as the largest, zero as the smallest."""
+        logs = values.float().log2().nan_to_num(self.OCTAVES).clamp(-self.OCTAVES, self.OCTAVES)
+        self._counts += torch.histc(logs, self.BINS, -self.OCTAVES, self.OCTAVES).double().cpu()
+
+    def level(self, share: float) -> float:
+        """The number that leaves this share of the values at or above it (linear within a bin)."""
+        above = self._counts.flip(0).cumsum(0)
+        wanted = share * float(above[-1])
+        i = min(int(torch.searchsorted(above, wanted)), self.BINS - 1)
+        inside = float(self._counts[self.BINS - 1 - i])
+        part = (wanted - float(above[i]) + inside) / inside if inside else 1.0
+        return float(2.0 ** (self.OCTAVES - (i + part) * 2 * self.OCTAVES / self.BINS))

@@ -58,7 +58,7 @@ class Skipped:
 
 
 def matches_any(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a parameter name matches a glob; a pattern may name any dotted part (``lm_head``, ``layers.*.o_proj``)."""
+    """Whether a parameter name matches a glob, or a dotted part of it does (``lm_head``, ``layers.*.o_proj``)."""
     dotted = f".{name}."
     return any(fnmatchcase(name, p) or fnmatchcase(dotted, f"*.{p}.*") for p in patterns)
 

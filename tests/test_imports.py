@@ -16,7 +16,7 @@ LAYERS = (
     {"kernels"},
     {"adapters", "allocation", "statistics", "objective", "fitting", "recipes", "plan", "report", "binding"},
     {"passes"},
-    {"calibration"},
+    {"calibration", "evaluation"},
     {"backend"},
     {"cli"},
 )

@@ -5,6 +5,7 @@ from rana_compile.adapters.low_rank import LowRank
 from rana_compile.adapters.neuron import Neuron
 from rana_compile.adapters.rank import Rank
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Neuron(), Rank(), LowRank())}
+_ALL: tuple[Family, ...] = (Neuron(), Rank(), LowRank())
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 __all__ = ["FAMILIES", "Family", "Tensors"]

@@ -52,7 +52,9 @@ def stack(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=0)
 
 
-def split_linear(z: Tensor, weight: Tensor, biases: Sequence[Tensor | None], d_outs: Sequence[int]) -> tuple[Tensor, ...]:
+def split_linear(
+    z: Tensor, weight: Tensor, biases: Sequence[Tensor | None], d_outs: Sequence[int]
+) -> tuple[Tensor, ...]:
     """One product with a stacked weight [d_out, d], split into the parts' outputs."""
     parts = F.linear(z, weight).split(list(d_outs), dim=-1)
     return tuple(part if b is None else part + b for part, b in zip(parts, biases, strict=True))

@@ -12,7 +12,7 @@ from rana_compile.types import Site
 
 class LowRank(Rank):
     name = "low_rank"
-    stored = ("output_basis",)
+    stored: tuple[str, ...] = ("output_basis",)
 
     def forward(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], tensors: Tensors
@@ -30,5 +30,3 @@ class LowRank(Rank):
 
     def flops(self, site: Site, live: float, tensors: Tensors) -> float:
         return super().flops(site, tensors["output_basis"].shape[1], tensors)
-
-

@@ -18,7 +18,7 @@ from rana_compile.types import Site
 
 class Neuron:
     name = "neuron"
-    stored = ("threshold",)
+    stored: tuple[str, ...] = ("threshold",)
 
     def derive(self, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
         return {}

@@ -1,0 +1,160 @@
+"""Graphs before and after, as text; and the same numbers as the formulas."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import graph_of, text_of
+from torch import Tensor, nn
+
+from rana_compile.adapters import FAMILIES, Tensors
+from rana_compile.kernels import ops
+from rana_compile.passes.find import find_sites
+from rana_compile.passes.rewrite import Lowering, rewrite
+
+
+class Block(nn.Module):
+    """Stacked q and k, a linear, and a gated MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.o = nn.Linear(8, 8), nn.Linear(8, 4, bias=False), nn.Linear(12, 8)
+        self.gate, self.up, self.down = (nn.Linear(8, 16, bias=False) for _ in range(3))
+        self.down = nn.Linear(16, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.o(torch.cat([self.q(x), self.k(x)], -1).softmax(-1))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+BEFORE = """
+%0 = linear(x, q.weight, q.bias)
+%1 = linear(x, k.weight, None)
+%2 = cat([%0, %1], -1)
+%3 = softmax(%2, -1)
+%4 = linear(%3, o.weight, o.bias)
+%5 = linear(%4, gate.weight, None)
+%6 = silu(%5)
+%7 = linear(%4, up.weight, None)
+%8 = mul(%6, %7)
+%9 = linear(%8, down.weight, None)
+%10 = output([%9])
+"""
+ADAPTED = """
+%0 = rana_neuron(x, [q.weight, k.weight], [q.bias, None], {threshold: rana_linear_threshold})
+%1 = getitem(%0, 0)
+%2 = getitem(%0, 1)
+%3 = cat([%1, %2], -1)
+%4 = softmax(%3, -1)
+%5 = rana_neuron(%4, [o.weight], [o.bias], {threshold: rana_x_threshold})
+%6 = getitem(%5, 0)
+%7 = rana_neuron(%6, [gate.weight, up.weight], [None, None], {threshold: rana_linear_3_threshold})
+%8 = getitem(%7, 0)
+%9 = getitem(%7, 1)
+%10 = silu(%8)
+%11 = mul(%10, %9)
+%12 = rana_neuron(%11, [down.weight], [None], {threshold: rana_linear_5_threshold})
+%13 = getitem(%12, 0)
+%14 = output([%13])
+"""
+DECODE = """
+%0 = stack_biases([q.weight, k.weight], [q.bias, None])
+%1 = rana_neuron_decode(x, {threshold: rana_linear_threshold, weight_t: rana_linear_weight_t}, %0)
+%2 = split(%1, [8, 4], -1)
+%3 = getitem(%2, 0)
+%4 = getitem(%2, 1)
+%5 = cat([%3, %4], -1)
+%6 = softmax(%5, -1)
+%7 = stack_biases([o.weight], [o.bias])
+%8 = rana_neuron_decode(%6, {threshold: rana_x_threshold, weight_t: rana_x_weight_t}, %7)
+%9 = rana_neuron_decode(%8, {threshold: rana_linear_3_threshold, weight_t: rana_linear_3_weight_t}, None)
+%10 = split(%9, [16, 16], -1)
+%11 = getitem(%10, 0)
+%12 = getitem(%10, 1)
+%13 = silu(%11)
+%14 = mul(%13, %12)
+%15 = rana_neuron_decode(%14, {threshold: rana_linear_5_threshold, weight_t: rana_linear_5_weight_t}, None)
+%16 = output([%15])
+"""
+
+
+def golden(text: str) -> list[str]:
+    return text.strip().split("\n")
+
+
+def tensors_for(family: str, weight: Tensor) -> Tensors:
+    basis = torch.linalg.svd(weight.detach(), full_matrices=False)[0]
+    if family == "low_rank":
+        return {"output_basis": basis[:, :3].contiguous()}
+    if family == "rank":
+        return {"output_basis": basis[:, :6].contiguous(), "threshold": torch.full((6,), 0.3)}
+    return {"threshold": torch.full((weight.shape[1],), 0.2)}
+
+
+def lowered(block: nn.Module, x: Tensor, family: str, decode: bool) -> tuple[list[str], list[str], Tensor]:
+    """(text before, text after, output of the rewritten graph)."""
+    gm = graph_of(block, x)
+    parameters = dict(block.named_parameters())
+    lowerings = []
+    for match in find_sites(gm).matches:
+        weights = [parameters[name] for name in match.site.weights]
+        tensors = tensors_for(family, torch.cat(weights))
+        with torch.no_grad():
+            buffers = FAMILIES[family].pack(weights, tensors) if decode else tensors
+        lowerings.append(Lowering(match, family, decode, buffers))
+    before = text_of(gm.graph)
+    new = rewrite(gm, lowerings)
+    assert text_of(gm.graph) == before  # the given graph is never changed
+    real = graph_inputs(gm, block, x)
+    with torch.no_grad():
+        return before, text_of(new.graph), new(*real)[0]
+
+
+def graph_inputs(gm: torch.fx.GraphModule, block: nn.Module, x: Tensor) -> list[Tensor]:
+    from rana_compile.passes.names import source_name
+
+    parameters = dict(block.named_parameters())
+    names = [source_name(n) for n in gm.graph.nodes if n.op == "placeholder"]
+    return [x if name is None else parameters[name] for name in names]
+
+
+def formula(block: Block, x: Tensor, family: str) -> Tensor:
+    """The adapted block, site by site, in float64."""
+
+    def site(x: Tensor, *linears: nn.Linear) -> list[Tensor]:
+        tensors = tensors_for(family, torch.cat([lin.weight for lin in linears]))
+        weight = torch.cat([lin.weight for lin in linears]).double()
+        bias = torch.cat([lin.weight.new_zeros(lin.out_features) if lin.bias is None else lin.bias for lin in linears])
+        if family == "neuron":
+            y = (x * (x.abs() >= tensors["threshold"].double())) @ weight.t()
+        else:
+            basis = tensors["output_basis"].double()
+            z = x @ (basis.t() @ weight).t()
+            y = (z * (z.abs() >= tensors["threshold"].double() if family == "rank" else 1)) @ basis.t()
+        return list((y + bias).split([lin.out_features for lin in linears], -1))
+
+    q, k = site(x.double(), block.q, block.k)
+    (x,) = site(torch.cat([q, k], -1).softmax(-1), block.o)
+    gate, up = site(x, block.gate, block.up)
+    return site(F.silu(gate) * up, block.down)[0]
+
+
+@pytest.fixture
+def block() -> Block:
+    return Block()
+
+
+@pytest.mark.parametrize(("decode", "after"), [(False, ADAPTED), (True, DECODE)], ids=["dense form", "kernels"])
+def test_golden_graphs(block: Block, decode: bool, after: str) -> None:
+    ops.load("cpu")
+    before, text, _ = lowered(block, torch.randn(1, 8), "neuron", decode)
+    assert before == golden(BEFORE)
+    assert text == golden(after)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("decode", [False, True])
+def test_rewritten_graph_computes_the_formula(block: Block, family: str, decode: bool) -> None:
+    ops.load("cpu")
+    x = torch.randn(1 if decode else 5, 8)
+    _, _, y = lowered(block, x, family, decode)
+    torch.testing.assert_close(y.double(), formula(block, x, family), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,82 @@
+"""Shared by the tests: tiny models, Dynamo graphs as a backend sees them, and graphs as short text."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rana_compile.adapters.base import Tensors
+from rana_compile.passes.match import op_name
+from rana_compile.passes.names import source_name
+from rana_compile.plan import Plan, SitePlan, weight_hash
+from rana_compile.types import Site
+
+VOCABULARY = 128
+
+
+def tiny_llama(layers: int = 2, **changes: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=layers, **(sizes | changes))
+    model = LlamaForCausalLM(config).eval()
+    for p in model.parameters():
+        if p.dim() == 2:
+            nn.init.normal_(p, std=p.shape[1] ** -0.5)  # outputs that depend on every layer
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def tokens(batches: int, length: int = 32, seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCABULARY, (1, length), generator=generator) for _ in range(batches)]
+
+
+def graph_of(module: nn.Module, *inputs: Tensor) -> fx.GraphModule:
+    """The one graph Dynamo hands to a backend."""
+    seen: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        seen.append(gm)
+        return gm
+
+    with torch.no_grad():
+        torch.compile(module, backend=keep)(*inputs)
+    (gm,) = seen
+    return gm
+
+
+def text_of(graph: fx.Graph) -> list[str]:
+    """One line per call; parameters under their own names, getitem as an index."""
+    names: dict[fx.Node, str] = {}
+    lines = []
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            names[node] = source_name(node) or str(node.target).removeprefix("L_").rstrip("_").lower()
+            continue
+        args = ", ".join(_shown(a, names) for a in (*node.args, *node.kwargs.values()))
+        names[node] = f"%{len(lines)}"
+        lines.append(f"{names[node]} = {op_name(node) or node.op}({args})")
+    return lines
+
+
+def _shown(value: Any, names: dict[fx.Node, str]) -> str:
+    if isinstance(value, fx.Node):
+        return names[value]
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(_shown(v, names) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_shown(v, names)}" for k, v in value.items()) + "}"
+    return str(value)
+
+
+def site_plan(site: Site, family: str, tensors: Tensors, weights: Sequence[Tensor]) -> SitePlan:
+    return SitePlan(site, family, tensors, live=1.0, flops_kept=0.5, error=0.0, weight_hash=weight_hash(weights))
+
+
+def plan_of(module: nn.Module, *entries: tuple[Site, str, Tensors]) -> Plan:
+    """A plan written by hand for a module's current weights."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    sites = [site_plan(s, family, t, [parameters[name] for name in s.weights]) for s, family, t in entries]
+    return Plan(tuple(sites), (), flops_asked=0.5, model_flops=1.0)

@@ -1,0 +1,212 @@
+"""The backend as a user meets it: by name, with a plan, in generation, in evaluation and in training."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from support import plan_of, tiny_llama, tokens
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import rana_compile
+from rana_compile import Plan
+from rana_compile.types import Site
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def plan(model: nn.Module) -> Plan:
+    return rana_compile.calibrate(model, tokens(8), flops_budget=0.6, progress=False)
+
+
+@pytest.fixture(scope="module")
+def rank_plan(model: nn.Module) -> Plan:
+    """Every site a rank or a low-rank adapter."""
+    sites = [entry.site for entry in rana_compile.calibrate(model, tokens(4), 1.0, progress=False).sites]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    entries = []
+    for i, site in enumerate(sites):
+        weight = torch.cat([parameters[name].detach() for name in site.weights])
+        basis = torch.linalg.svd(weight, full_matrices=False)[0][:, :40].contiguous()
+        if i % 2:
+            entries.append((site, "low_rank", {"output_basis": basis}))
+        else:
+            entries.append((site, "rank", {"output_basis": basis, "threshold": torch.full((40,), 0.2)}))
+    return plan_of(model, *entries)
+
+
+def compiled(model: nn.Module, plan: Plan | Path, **options: object) -> nn.Module:
+    other = copy.deepcopy(model)
+    other.compile(backend="rana", options={"plan": plan, **options})
+    return other
+
+
+def generated_eagerly(model: nn.Module, plan: Plan, prompt: Tensor, count: int) -> Tensor:
+    """Greedy tokens of the plain formulas, no cache."""
+    ids = prompt
+    with rana_compile.adapted(model, plan) as run, torch.no_grad():
+        for _ in range(count):
+            ids = torch.cat([ids, run(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+def generate(model: nn.Module, prompt: Tensor, count: int, cache: str | None) -> Tensor:
+    mask = torch.ones_like(prompt)
+    return model.generate(
+        prompt, attention_mask=mask, max_new_tokens=count, do_sample=False, cache_implementation=cache, pad_token_id=0
+    )
+
+
+@pytest.mark.parametrize("which", ["plan", "rank_plan"])
+def test_forward_equals_the_formulas(model: nn.Module, which: str, request: pytest.FixtureRequest) -> None:
+    plan = request.getfixturevalue(which)
+    (ids,) = tokens(1, seed=3)
+    with rana_compile.adapted(model, plan) as run, torch.no_grad():
+        expected = run(input_ids=ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model, plan)(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+        dense = model(input_ids=ids).logits
+    assert (expected - dense).abs().max() > 0.01  # the masks do something
+
+
+@pytest.mark.parametrize("cache", ["static", None], ids=["static", "dynamic"])
+@pytest.mark.parametrize("which", ["plan", "rank_plan"])
+def test_generate(model: nn.Module, which: str, cache: str | None, request: pytest.FixtureRequest) -> None:
+    plan = request.getfixturevalue(which)
+    prompt = tokens(1, length=7, seed=4)[0]
+    expected = generated_eagerly(model, plan, prompt, 12)
+    fast = compiled(model, plan)
+    assert torch.equal(generate(fast, prompt, 12, cache), expected)
+    frames = counters["stats"]["unique_graphs"]
+    assert torch.equal(generate(fast, prompt, 12, cache), expected)
+    assert counters["stats"]["unique_graphs"] == frames
+
+
+def test_full_budget_decodes_as_dense(model: nn.Module) -> None:
+    plan = rana_compile.calibrate(model, tokens(4), flops_budget=1.0, progress=False)
+    (ids,) = tokens(1, seed=3)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            compiled(model, plan)(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-4
+        )
+        one = ids[:, :1]
+        torch.testing.assert_close(
+            compiled(model, plan)(input_ids=one).logits, model(input_ids=one).logits, rtol=0, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    model = tiny_llama(layers=1).to(dtype)
+    plan = rana_compile.calibrate(model, tokens(4), flops_budget=0.7, progress=False)
+    one = tokens(1, length=1)[0]
+    with rana_compile.adapted(model, plan) as run, torch.no_grad():
+        expected = run(input_ids=one).logits
+        difference = compiled(model, plan)(input_ids=one).logits.float() - expected.float()
+    assert difference.norm() < 0.05 * expected.float().norm()  # a coordinate at its threshold may fall either way
+
+
+def test_dense_prefill_leaves_longer_inputs_dense(model: nn.Module, plan: Plan) -> None:
+    (ids,) = tokens(1, seed=3)
+    fast = compiled(model, plan, prefill="dense")
+    with torch.no_grad():
+        torch.testing.assert_close(fast(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+        one = fast(input_ids=ids[:, :1]).logits
+    with rana_compile.adapted(model, plan) as run:
+        torch.testing.assert_close(one, run(input_ids=ids[:, :1]).logits.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_plan_by_path_and_wrapper(model: nn.Module, plan: Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.safetensors")
+    (ids,) = tokens(1)
+    wrapped = torch.compile(model, backend="rana", options={"plan": str(tmp_path / "plan.safetensors")})
+    with torch.no_grad():
+        by_path = wrapped(input_ids=ids).logits
+        by_value = compiled(model, plan)(input_ids=ids).logits
+    torch.testing.assert_close(by_path, by_value)
+
+
+def test_weights_changed_in_place_are_followed(model: nn.Module) -> None:
+    """Packed copies never answer for weights that are gone."""
+    layer = nn.Sequential(nn.Linear(32, 48, bias=False))
+    site = Site("0", "linear", ("0.weight",), 32, (48,))
+    plan = plan_of(layer, (site, "neuron", {"threshold": torch.full((32,), 0.3)}))
+    fast = torch.compile(layer, backend="rana", options={"plan": plan})
+    x = torch.randn(1, 32)
+    kept = x * (x.abs() >= 0.3)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), kept @ layer[0].weight.t())
+        layer[0].weight.mul_(2)
+        torch.testing.assert_close(fast(x), kept @ layer[0].weight.t())
+
+
+def test_training_changes_the_users_weights_with_the_formulas_gradient() -> None:
+    layer = nn.Sequential(nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 8))
+    basis = torch.linalg.svd(layer[0].weight.detach(), full_matrices=False)[0][:, :12].contiguous()
+    plan = plan_of(
+        layer,
+        (
+            Site("0", "linear", ("0.weight",), 32, (24,)),
+            "rank",
+            {"output_basis": basis, "threshold": torch.full((12,), 0.3)},
+        ),
+        (Site("2", "linear", ("2.weight",), 24, (8,)), "neuron", {"threshold": torch.full((24,), 0.1)}),
+    )
+    x = torch.randn(10, 32)
+
+    def formula(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        z = x @ (basis.t() @ a).t()
+        hidden = torch.tanh((z * (z.abs() >= 0.3)) @ basis.t() + b)
+        return (hidden * (hidden.abs() >= 0.1)) @ c.t() + d
+
+    parameters = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+    formula(*parameters).square().sum().backward()
+    names = list(layer.state_dict())
+    fast = torch.compile(layer, backend="rana", options={"plan": plan})
+    fast(x).square().sum().backward()
+    for p, expected in zip(layer.parameters(), parameters, strict=True):
+        torch.testing.assert_close(p.grad, expected.grad, rtol=1e-4, atol=1e-5)
+    assert list(layer.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs options"),
+        ({"plan": "nowhere.safetensors"}, "no plan at 'nowhere.safetensors'"),
+        ({"plan": 7}, "the plan is a int"),
+        ({"plan": "p", "budget": 0.5}, "unknown option 'budget'; known options: plan, prefill, mode, inductor"),
+    ],
+)
+def test_bad_options_are_errors(options: dict, message: str) -> None:
+    layer = nn.Linear(4, 4)
+    with pytest.raises(Exception, match=message):
+        torch.compile(layer, backend="rana", options=options)(torch.randn(1, 4))
+
+
+def test_foreign_weights_are_an_error(model: nn.Module, plan: Plan) -> None:
+    torch.manual_seed(1)
+    other = tiny_llama()
+    other.compile(backend="rana", options={"plan": plan})
+    with pytest.raises(Exception, match="the weights are not those the plan was fitted on"), torch.no_grad():
+        other(input_ids=tokens(1)[0])
+
+
+def test_calibration_leaves_no_memory_of_sizes_in_dynamo(model: nn.Module) -> None:
+    """A compile after calibration is as it would have been without: sizes static at first."""
+    rana_compile.calibrate(model, tokens(4), progress=False)
+    sizes: list[object] = []
+
+    def spy(gm: torch.fx.GraphModule, example_inputs: list[object]) -> object:
+        sizes.extend(v.shape for v in example_inputs if isinstance(v, Tensor) and not isinstance(v, nn.Parameter))
+        return gm
+
+    with torch.no_grad():
+        torch.compile(model, backend=spy)(input_ids=tokens(1, length=9)[0])
+    assert all(isinstance(n, int) for shape in sizes for n in shape)

@@ -1,0 +1,158 @@
+"""From batches to a plan, on tiny models: budgets met, seeds repeated, the model left as it was."""
+
+import pytest
+import torch
+from support import VOCABULARY, tiny_llama, tokens
+from torch import Tensor, nn
+
+import rana_compile
+from rana_compile import ConfigError, Plan, RanaError
+
+
+def calibrate(model: nn.Module, *args: object, **kwargs: object) -> Plan:
+    return rana_compile.calibrate(model, *(args or (tokens(8),)), progress=False, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return tiny_llama()
+
+
+def test_full_budget_is_the_dense_model(model: nn.Module) -> None:
+    plan = calibrate(model, flops_budget=1.0)
+    (ids,) = tokens(1, seed=5)
+    with rana_compile.adapted(model, plan) as run:
+        assert torch.equal(run(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert plan.flops_kept == 1.0
+
+
+@pytest.mark.parametrize("recipe", ["neuron", "auto"])
+def test_realised_cost_is_the_asked_one(model: nn.Module, recipe: str) -> None:
+    plan = calibrate(model, flops_budget=0.6, recipe=recipe)
+    assert plan.flops_kept == pytest.approx(0.6, rel=0.01)
+    assert len(plan.sites) == 9
+    other = rana_compile.measure_cost(model, plan, tokens(8, seed=7))
+    assert other == pytest.approx(0.6, rel=0.04)  # tokens drawn at random: 256 of them
+    assert 0 < plan.info["divergence"] < 5
+
+
+def test_papers_recipe(model: nn.Module) -> None:
+    """Rank adapters for stacked inputs, gate and up; neuron for down; o_proj and lm_head dense; cost as asked."""
+    model = tiny_llama(hidden_size=64, intermediate_size=256, num_key_value_heads=4)
+    plan = calibrate(model, flops_budget=0.8, recipe="rana")
+    families = {s.site.name.rpartition(".")[2]: s.family for s in plan.sites}
+    assert (families["o_proj"], families["lm_head"], families["{q,k,v}_proj"]) == ("dense", "dense", "rank")
+    assert "rank" in (families["gate_proj"], families["up_proj"])  # a split may leave one of them dense
+    assert set(families) == {"{q,k,v}_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
+    assert plan.flops_kept == pytest.approx(0.8, rel=0.02)
+
+
+def test_papers_recipe_says_when_a_budget_is_out_of_its_reach(model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match='use recipe="auto"'):
+        calibrate(model, flops_budget=0.3, recipe="rana")
+
+
+def test_include_and_exclude(model: nn.Module) -> None:
+    plan = calibrate(model, include="mlp", exclude=["layers.1"])
+    assert [s.site.name for s in plan.sites] == ["model.layers.0.mlp.{gate,up}_proj", "model.layers.0.mlp.down_proj"]
+    reasons = {s.name: s.reason for s in plan.skipped}
+    assert reasons["lm_head.weight"] == "not included by mlp"
+    assert reasons["model.layers.1.mlp.up_proj.weight"] == "excluded by layers.1"
+    linears = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    assert plan.model_flops == linears
+    assert plan.flops_kept_model > 0.8 > plan.flops_kept
+
+
+def test_same_seed_same_plan(model: nn.Module) -> None:
+    a, b = calibrate(model, seed=3), calibrate(model, seed=3)
+    for x, y in zip(a.sites, b.sites, strict=True):
+        assert (x.family, x.live, x.error) == (y.family, y.live, y.error)
+        assert all(torch.equal(x.tensors[k], y.tensors[k]) for k in x.tensors)
+
+
+def test_model_is_left_as_it_was() -> None:
+    model = tiny_llama(layers=1).train()
+    model.lm_head.weight.requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    calibrate(model)
+    assert model.training
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_interrupted_calibration_leaves_the_model_as_it_was() -> None:
+    model = tiny_llama(layers=1).train()
+
+    class Interrupted(nn.Module):
+        def forward(self, *args: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+    model.lm_head, head = Interrupted(), model.lm_head
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model)
+    model.lm_head = head
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"flops_budget": 0}, r"expected a share of the dense FLOPs in \(0, 1\]"),
+        ({"flops_budget": 1.2}, "flops_budget is 1.2"),
+        ({"flops_budget": float("nan")}, "flops_budget is nan"),
+        ({"flops_budget": 0.01}, "cannot be reached"),
+        ({"recipe": "best"}, "known recipes: auto, neuron, rana"),
+        ({"exclude": ["lm_heat"]}, "exclude='lm_heat' matches no parameter"),
+    ],
+)
+def test_bad_arguments(model: nn.Module, changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        calibrate(model, **changes)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "at least 2 batches"),
+        (torch.zeros(2, 8, dtype=torch.long), "expected an iterable"),
+        ([torch.rand(1, 8)] * 4, "expected integer token ids"),
+        ([torch.zeros(8, dtype=torch.long)] * 4, r"shape \(8,\)"),
+        ([torch.zeros(1, 0, dtype=torch.long)] * 4, "batch 0 is empty"),
+        ([torch.full((1, 8), VOCABULARY)] * 4, "batch 0 holds token id 128"),
+    ],
+)
+def test_bad_data(model: nn.Module, batches: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        calibrate(model, batches)
+
+
+def test_broken_activations_are_named() -> None:
+    model = tiny_llama(layers=1)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(RanaError, match=r"mlp\.down_proj: its input holds NaN"):
+        calibrate(model)
+
+
+def test_model_without_linears() -> None:
+    with pytest.raises(RanaError, match="no linear layer of the model can be adapted"):
+        calibrate(nn.Embedding(VOCABULARY, 4), [{"input": t} for t in tokens(4)])
+
+
+def test_model_without_logits() -> None:
+    """Any tensor in, any tensor out: the price is then a scaled squared error through the rest of the model."""
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+    plan = calibrate(model, [{"input": torch.randn(64, 16)} for _ in range(8)], flops_budget=0.7)
+    assert plan.flops_kept == pytest.approx(0.7, rel=0.02)
+
+
+def test_batch_of_rows_and_dataset_rows(model: nn.Module) -> None:
+    ids = torch.cat(tokens(6))
+    one = calibrate(model, [ids])
+    rows = calibrate(model, [{"input_ids": row.tolist()} for row in ids])
+    assert one.flops_kept == rows.flops_kept

@@ -1,0 +1,29 @@
+import pytest
+
+from rana_compile.config import BackendOptions
+from rana_compile.types import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("options", "mode", "message"),
+    [
+        (None, None, 'needs options={"plan": plan}'),
+        (
+            {"plan": "p", "prefil": "dense"},
+            None,
+            "unknown option 'prefil'; known options: plan, prefill, mode, inductor",
+        ),
+        ({"plan": "p", "prefill": "both"}, None, "expected 'adapted' or 'dense'"),
+        ({"plan": "p", "mode": "default"}, "max-autotune", "contradicts"),
+        ({"plan": "p", "inductor": 3}, None, "expected a dict"),
+        ({"plan": "p", "mode": "fastest"}, None, "known modes"),
+    ],
+)
+def test_bad_options_say_what_is_known(options: dict | None, mode: str | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("{", r"\{").replace("}", r"\}")):
+        BackendOptions.parse(options, mode)
+
+
+def test_mode_may_come_from_either_place() -> None:
+    assert BackendOptions.parse({"plan": "p"}, "max-autotune").mode == "max-autotune"
+    assert BackendOptions.parse({"plan": "p", "mode": "max-autotune"}).mode == "max-autotune"

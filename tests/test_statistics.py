@@ -1,0 +1,58 @@
+"""Reservoirs and histograms: bounded, deterministic, unbiased."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rana_compile.statistics import LogHistogram, Sample
+
+
+def test_sample_keeps_everything_while_there_is_room() -> None:
+    sample = Sample(10, seed=0)
+    x = torch.arange(12.0).view(6, 2)
+    for part in x.split(2):
+        taken, slots = sample.offer(part)
+        sample.offer_gradient(part * 2, taken, slots)
+    assert sample.rows == 6
+    assert torch.equal(sample.x[:6], x)
+    assert torch.equal(sample.u[:6].float(), x * 2)
+
+
+def test_sample_pairs_gradients_with_their_rows_and_stays_bounded() -> None:
+    sample = Sample(16, seed=0)
+    for start in range(0, 400, 40):
+        x = torch.arange(start, start + 40.0).view(-1, 1) % 128  # exact in bfloat16
+        taken, slots = sample.offer(x)
+        sample.offer_gradient(-x, taken, slots)
+    assert sample.rows == 16
+    assert torch.equal(sample.u.float(), -sample.x)
+
+
+def test_sample_is_uniform_and_repeats_for_a_seed() -> None:
+    def mean(seed: int) -> float:
+        sample = Sample(200, seed)
+        for part in torch.arange(5000.0).view(-1, 1).split(500):
+            sample.offer(part)
+        return float(sample.x.mean())
+
+    assert mean(3) == mean(3)
+    assert abs(mean(3) - 2500) < 4 * 5000 / 12**0.5 / 200**0.5  # four standard errors
+
+
+@given(st.floats(0.02, 0.98), st.integers(0, 100))
+def test_histogram_level_leaves_the_share(share: float, seed: int) -> None:
+    values = torch.rand(4000, generator=torch.Generator().manual_seed(seed)) * 3 + 0.1
+    histogram = LogHistogram()
+    for part in values.split(1000):
+        histogram.add(part)
+    kept = float((values >= histogram.level(share)).float().mean())
+    assert kept == pytest.approx(share, abs=0.01)
+
+
+def test_histogram_takes_zero_infinity_and_nan() -> None:
+    histogram = LogHistogram()
+    histogram.add(torch.tensor([0.0, 0.0, 1.0, 1.0, float("inf"), float("nan")]))
+    assert histogram.level(2 / 6) > 1e6
+    assert 0.9 < histogram.level(3.9 / 6) < 1.1
+    assert histogram.level(1.0) < 1e-6
