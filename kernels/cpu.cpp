@@ -1,4 +1,4 @@
-// CPU kernels of rana::linear and rana::masked_linear for few rows (decode). Semantics: reference.py.
+// CPU kernels of the rana ops for few rows (decode). Semantics: reference.py.
 //
 // Both are bound by the bytes of the weight they read. The masked product walks the live rows of weight_t
 // [d, d_out] eight at a time, so that eight streams are in flight, and prefetches the next eight; each thread
@@ -28,6 +28,7 @@ constexpr int64_t kMinBytes = 1 << 15; // weight bytes below which another threa
 
 typedef float Floats __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
 typedef _Float16 Float16s __attribute__((vector_size(32), aligned(2)));
 
@@ -179,17 +180,91 @@ void dense_rows(const T* x, int64_t rows, int64_t d, const T* weight, int64_t d_
   });
 }
 
+// exp for |v| up to 87, else saturated; relative error below 2e-7. Remez polynomial of 2^f on [-1/2, 1/2].
+inline Floats exponential(Floats v) {
+  v = v < 87.0f ? v : Floats{} + 87.0f;
+  v = v > -87.0f ? v : Floats{} - 87.0f;
+  const Floats t = v * 1.44269504f;
+  const Ints n = __builtin_convertvector(t + (t < 0.0f ? Floats{} - 0.5f : Floats{} + 0.5f), Ints);
+  const Floats f = t - __builtin_convertvector(n, Floats);
+  Floats p = Floats{} + 1.535336188e-4f;
+  for (float c : {1.339887440e-3f, 9.618437357e-3f, 5.550332548e-2f, 2.402264791e-1f, 6.931472028e-1f, 1.0f}) p = p * f + c;
+  return p * reinterpret_cast<Floats>((n + 127) << 23);
+}
+
+enum class Activation { kSilu, kGelu, kGeluTanh, kRelu };
+
+Activation activation_of(c10::string_view name) {
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "relu") return Activation::kRelu;
+  TORCH_CHECK(false, "unknown activation '", name, "'; known: silu, gelu, gelu_tanh, relu");
+}
+
+template <Activation A>
+inline Floats activate(Floats v) {
+  if constexpr (A == Activation::kSilu) return v / (1.0f + exponential(-v));
+  if constexpr (A == Activation::kGeluTanh) {  // tanh(u) = 1 - 2 / (exp(2u) + 1)
+    const Floats u = 0.7978845608f * (v + 0.044715f * v * v * v);
+    return v * (1.0f - 1.0f / (exponential(2.0f * u) + 1.0f));
+  }
+  if constexpr (A == Activation::kGelu) {
+    Floats y;
+    for (int i = 0; i < kLane; ++i) y[i] = 0.5f * v[i] * (1.0f + std::erf(v[i] * 0.7071067812f));
+    return y;
+  }
+  return v < 0.0f ? Floats{} : v;  // NaN is kept
+}
+
+// hidden[c] = act(y[c]) * y[h + c], the activation rounded to T first, as the plain form does.
+template <Activation A, typename T>
+void gate_rows(const T* y, int64_t rows, int64_t h, T* hidden) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < h; c += kLane) {
+      Floats gate = {}, up = {};
+      const int64_t n = std::min(kLane, h - c);
+      for (int64_t i = 0; i < n; ++i) {
+        gate[i] = static_cast<float>(y[r * 2 * h + c + i]);
+        up[i] = static_cast<float>(y[r * 2 * h + h + c + i]);
+      }
+      const Floats a = activate<A>(gate);
+      for (int64_t i = 0; i < n; ++i)
+        hidden[r * h + c + i] = static_cast<T>(static_cast<float>(static_cast<T>(a[i])) * up[i]);
+    }
+}
+
+template <typename T>
+void gate(Activation a, const T* y, int64_t rows, int64_t h, T* hidden) {
+  switch (a) {
+    case Activation::kSilu: return gate_rows<Activation::kSilu>(y, rows, h, hidden);
+    case Activation::kGelu: return gate_rows<Activation::kGelu>(y, rows, h, hidden);
+    case Activation::kGeluTanh: return gate_rows<Activation::kGeluTanh>(y, rows, h, hidden);
+    case Activation::kRelu: return gate_rows<Activation::kRelu>(y, rows, h, hidden);
+  }
+}
+
+// A buffer of the calling thread that lives from call to call.
+template <typename T, int Which>
+T* buffer(int64_t size) {
+  thread_local std::vector<T> values;
+  if (static_cast<int64_t>(values.size()) < size) values.resize(size);
+  return values.data();
+}
+
+void check_weight(at::ScalarType type, const Tensor& weight, int64_t d_out, const std::optional<Tensor>& bias) {
+  TORCH_CHECK(weight.is_contiguous(), "the weight must be contiguous; call .contiguous() on it once");
+  TORCH_CHECK(type == weight.scalar_type(), "input and weight must share a dtype, got ", type, " and ",
+              weight.scalar_type(), "; convert one of them");
+  TORCH_CHECK(!bias || (bias->scalar_type() == type && bias->numel() == d_out && bias->is_contiguous()),
+              "expected a contiguous bias of ", d_out, " elements of ", type);
+}
+
 void check(const Tensor& x, const Tensor& weight, int64_t d_in, int64_t d_out, const std::optional<Tensor>& bias) {
   TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2, "expected an input of 1 or more dimensions and a weight of 2, got ",
               x.dim(), " and ", weight.dim());
   TORCH_CHECK(x.size(-1) == d_in, "the input has ", x.size(-1), " features, the weight expects ", d_in);
-  TORCH_CHECK(weight.is_contiguous(), "the weight must be contiguous; call .contiguous() on it once");
-  TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "input and weight must share a dtype, got ", x.scalar_type(),
-              " and ", weight.scalar_type(), "; convert one of them");
-  if (bias) {
-    TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->numel() == d_out && bias->is_contiguous(),
-                "expected a contiguous bias of ", d_out, " elements of ", x.scalar_type());
-  }
+  check_weight(x.scalar_type(), weight, d_out, bias);
 }
 
 template <typename F>
@@ -235,13 +310,16 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   return out;
 }
 
+void check_threshold(const Tensor& threshold, int64_t d) {
+  TORCH_CHECK(threshold.scalar_type() == at::kFloat && threshold.is_contiguous() && threshold.numel() == d,
+              "expected a contiguous float32 threshold of ", d, " elements, got ", threshold.numel(), " of ",
+              threshold.scalar_type());
+}
+
 Tensor masked_linear(const Tensor& z, const Tensor& threshold, const Tensor& weight_t,
                      const std::optional<Tensor>& bias) {
   check(z, weight_t, weight_t.size(0), weight_t.dim() == 2 ? weight_t.size(1) : 0, bias);
-  TORCH_CHECK(threshold.scalar_type() == at::kFloat && threshold.is_contiguous() &&
-                  threshold.numel() == weight_t.size(0),
-              "expected a contiguous float32 threshold of ", weight_t.size(0), " elements, got ", threshold.numel(),
-              " of ", threshold.scalar_type());
+  check_threshold(threshold, weight_t.size(0));
   Tensor out;
   dispatch(z.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
@@ -253,9 +331,58 @@ Tensor masked_linear(const Tensor& z, const Tensor& threshold, const Tensor& wei
   return out;
 }
 
+Tensor rank_linear(const Tensor& x, const Tensor& basis, const Tensor& threshold, const Tensor& weight_t,
+                   const std::optional<Tensor>& bias) {
+  check(x, basis, basis.dim() == 2 ? basis.size(1) : 0, basis.size(0), std::nullopt);
+  const int64_t d = basis.size(1), r = basis.size(0);
+  TORCH_CHECK(weight_t.dim() == 2 && weight_t.size(0) == r, "the weight must have ", r, " rows, one per row of the basis");
+  check_weight(x.scalar_type(), weight_t, weight_t.size(1), bias);
+  check_threshold(threshold, r);
+  Tensor out;
+  dispatch(x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    out = by_chunks<T>(x, weight_t.size(1), [&](const T* in, int64_t rows, T* y) {
+      T* z = buffer<T, 0>(rows * r);
+      dense_rows<T>(in, rows, d, basis.const_data_ptr<T>(), r, nullptr, z);
+      masked_rows<T>(z, rows, r, threshold.const_data_ptr<float>(), weight_t.const_data_ptr<T>(), weight_t.size(1),
+                     data<T>(bias), y);
+    });
+  });
+  return out;
+}
+
+Tensor gated_mlp(const Tensor& x, const Tensor& up_threshold, const Tensor& up_weight_t,
+                 const std::optional<Tensor>& up_bias, const Tensor& down_threshold, const Tensor& down_weight_t,
+                 const std::optional<Tensor>& down_bias, c10::string_view activation) {
+  const Activation act = activation_of(activation);
+  check(x, up_weight_t, up_weight_t.size(0), up_weight_t.dim() == 2 ? up_weight_t.size(1) : 0, up_bias);
+  check_threshold(up_threshold, up_weight_t.size(0));
+  const int64_t d = up_weight_t.size(0), h = down_weight_t.size(0);
+  TORCH_CHECK(up_weight_t.size(1) == 2 * h, "the first weight must have ", 2 * h, " columns, gate and up, got ",
+              up_weight_t.size(1));
+  check_weight(x.scalar_type(), down_weight_t, down_weight_t.size(1), down_bias);
+  check_threshold(down_threshold, h);
+  Tensor out;
+  dispatch(x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    out = by_chunks<T>(x, down_weight_t.size(1), [&](const T* in, int64_t rows, T* y) {
+      T* wide = buffer<T, 0>(rows * 2 * h);
+      T* hidden = buffer<T, 1>(rows * h);
+      masked_rows<T>(in, rows, d, up_threshold.const_data_ptr<float>(), up_weight_t.const_data_ptr<T>(), 2 * h,
+                     data<T>(up_bias), wide);
+      gate(act, wide, rows, h, hidden);
+      masked_rows<T>(hidden, rows, h, down_threshold.const_data_ptr<float>(), down_weight_t.const_data_ptr<T>(),
+                     down_weight_t.size(1), data<T>(down_bias), y);
+    });
+  });
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rana, CPU, m) {
   m.impl("linear", linear);
   m.impl("masked_linear", masked_linear);
+  m.impl("rank_linear", rank_linear);
+  m.impl("gated_mlp", gated_mlp);
 }

@@ -34,8 +34,8 @@ def register() -> None:
             "no C++ compiler found (looked for $CXX, g++, clang++): adapted layers run in plain PyTorch, which is "
             "slower than the dense model. Install g++ and run again"
         )
-        LIBRARY.impl("linear", reference.linear, "CPU")
-        LIBRARY.impl("masked_linear", reference.masked_linear, "CPU")
+        for name in ("linear", "masked_linear", "rank_linear", "gated_mlp"):
+            LIBRARY.impl(name, getattr(reference, name), "CPU")
         return
     torch.ops.load_library(build(compiler, cache_directory()))
 

@@ -22,21 +22,22 @@ def flat_rows(x: Tensor) -> Tensor:
 
 
 class Recorder:
-    """Runs sites densely. While ``sampling``: samples of inputs and, in the backward pass, of input gradients.
+    """Runs sites densely and samples inputs and, in the backward pass, input gradients.
 
-    Otherwise: second moments of the inputs, so that bases are fitted on other rows than those that price them.
-    The model's parameters require no gradient, so autograd records only what follows the first sampled site.
+    While ``basis_rows`` is set, rows also count towards the second moments that bases are fitted on; the others stay
+    fresh, to price those bases. The model's parameters require no gradient, so autograd records only what follows the
+    first site.
     """
 
     def __init__(self, capacity: Callable[[], int], seed: int) -> None:
-        self.sampling = True
+        self.basis_rows = False
         self.samples: dict[Site, Sample] = {}
         self._moments: dict[Site, tuple[Tensor, int]] = {}
         self._capacity = capacity
         self._seed = seed
 
     def moment(self, site: Site) -> Tensor | None:
-        """E[x xᵀ] [d_in, d_in] over the batches run without gradients, or None if there were none."""
+        """E[x xᵀ] [d_in, d_in] over the rows that bases are fitted on, or None if there were none."""
         total, rows = self._moments.get(site, (None, 0))
         return None if total is None else total / rows
 
@@ -47,16 +48,15 @@ class Recorder:
             raise RanaError(
                 f"{site.name}: its input holds NaN or infinity on calibration data; check the model and the data"
             )
-        if not self.sampling:
-            rows = flat_rows(x).float()
+        if self.basis_rows:
+            rows = flat_rows(x).detach().float()
             total, seen = self._moments.get(site, (torch.zeros((), device=x.device), 0))
             self._moments[site] = (total + rows.t() @ rows, seen + len(rows))
-            return dense(x, weights, biases)
         seed = self._seed + len(self.samples)
         if site not in self.samples:
             self.samples[site] = Sample(self._capacity(), seed)
         sample = self.samples[site]
-        taken, slots = sample.offer(flat_rows(x))
+        taken, slots = sample.offer(flat_rows(x), fresh=not self.basis_rows)
         if x.requires_grad:
             own = x.view_as(x)  # its gradient is this site's share alone
         else:

@@ -10,6 +10,7 @@ lifted inputs: the code depends on shapes alone, so a cached artefact is never s
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -17,7 +18,7 @@ from torch._dynamo.source import ConstantSource
 
 from rana_compile.adapters import FAMILIES, Tensors
 from rana_compile.adapters.base import stack
-from rana_compile.passes.match import Linear, Match
+from rana_compile.passes.match import Block, Linear, Match
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,24 @@ class Lowering:
     buffers: Tensors
 
 
-def rewrite(gm: fx.GraphModule, lowerings: Sequence[Lowering]) -> fx.GraphModule:
+@dataclass(frozen=True)
+class FusedMlp:
+    """A gated MLP lowered to one op: both sites masked, ``activation`` between them."""
+
+    up: Lowering
+    down: Lowering
+    block: Block
+    activation: str
+
+
+def rewrite(gm: fx.GraphModule, lowerings: Sequence[Lowering | FusedMlp]) -> fx.GraphModule:
     """A copy of ``gm`` in which every lowering's linears are replaced. Linted and recompiled."""
     copy, env = copy_dynamo_graph(gm)
     for lowering in lowerings:
-        nodes = {name: _buffer(copy, lowering.match, name, t) for name, t in lowering.buffers.items()}
-        _replace(copy.graph, lowering, nodes, env)
+        if isinstance(lowering, FusedMlp):
+            _replace_mlp(copy, lowering, env)
+        else:
+            _replace(copy.graph, lowering, _buffers(copy, lowering), env)
     copy.graph.lint()
     copy.recompile()
     return copy
@@ -67,6 +80,10 @@ def copy_dynamo_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node,
     return copy, env
 
 
+def _buffers(gm: fx.GraphModule, lowering: Lowering) -> dict[str, fx.Node]:
+    return {name: _buffer(gm, lowering.match, name, t) for name, t in lowering.buffers.items()}
+
+
 def _buffer(gm: fx.GraphModule, match: Match, name: str, tensor: Tensor) -> fx.Node:
     """A buffer of the graph module, registered so that AOTAutograd lifts it, and the node that reads it."""
     key = f"rana_{match.linears[0].node.name}_{name}"
@@ -89,6 +106,31 @@ def _replace(graph: fx.Graph, lowering: Lowering, buffers: Mapping[str, fx.Node]
         target.replace_all_uses_with(output)
         graph.erase_node(target)
         env[linear.node] = output  # the input of a site still to come
+
+
+def _replace_mlp(gm: fx.GraphModule, mlp: FusedMlp, env: dict[fx.Node, fx.Node]) -> None:
+    graph, (last,) = gm.graph, mlp.down.match.linears
+    up, down = _buffers(gm, mlp.up), _buffers(gm, mlp.down)
+    target = env[last.node]
+    with graph.inserting_before(target):
+        args = (
+            env[mlp.up.match.x],
+            up["threshold"],
+            up["weight_t"],
+            _stacked_bias(graph, mlp.up.match.linears, env),
+            down["threshold"],
+            down["weight_t"],
+            _bias(env, last),
+            mlp.activation,
+        )
+        output = graph.call_function(rana_gated_mlp_decode, args)
+    output.meta = dict(target.meta)
+    target.replace_all_uses_with(output)
+    dead = {target, *(env[node] for node in (*mlp.block.region, *mlp.block.inputs))}
+    for node in reversed(list(graph.nodes)):
+        if node in dead:
+            graph.erase_node(node)
+    env[last.node] = output
 
 
 def _emit(
@@ -146,6 +188,11 @@ def _decode(family: str) -> Callable[..., Tensor]:
 
     adapter.__name__ = adapter.__qualname__ = f"rana_{family}_decode"
     return adapter
+
+
+def rana_gated_mlp_decode(*args: Any) -> Tensor:
+    """``torch.ops.rana.gated_mlp``, looked up when called: schemas are registered on demand."""
+    return torch.ops.rana.gated_mlp(*args)
 
 
 def _bias(env: Mapping[fx.Node, fx.Node], linear: Linear) -> fx.Node | None:

@@ -11,6 +11,7 @@ from rana_compile.binding import Bound, Stamp, bind, stamp
 from rana_compile.config import BackendOptions
 from rana_compile.kernels import ops
 from rana_compile.passes.find import bind_sites
+from rana_compile.passes.fuse import fuse_gated_mlps
 from rana_compile.passes.match import Match
 from rana_compile.passes.rewrite import Lowering, rewrite
 from rana_compile.plan import Plan
@@ -74,7 +75,7 @@ def adapt_graph(
         lowerings.append(Lowering(match, entry.family, decode, buffers))
         refresh.append((bound, places))
     log.info("adapted %d of %d sites in a graph of %d nodes", len(refresh), len(matches), len(gm.graph.nodes))
-    return (rewrite(gm, lowerings) if lowerings else gm), refresh
+    return (rewrite(gm, fuse_gated_mlps(lowerings)) if lowerings else gm), refresh
 
 
 def _is_decode(match: Match, weights: Sequence[Tensor]) -> bool:

@@ -8,6 +8,7 @@ The price of dropping coordinates D is the loss increase it predicts, token by t
 estimate badly; the two are averaged. Bases are fitted on other tokens than those that price them.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,7 +22,9 @@ from rana_compile.types import Site
 
 DENSITIES = tuple(k / 40 for k in range(4, 40))
 RANKS = tuple(k / 8 for k in range(2, 8))
-RANK_ROWS = 1024  # tokens that price rank adapters
+TALL = 2  # outputs per input from which B, read whole for every token, can pay
+QUANTILE_SAMPLE = 200_000
+RANK_ROWS = 2048  # tokens that price rank adapters
 CROSS_TERMS = 0.5
 ISOTROPIC = 0.1
 _TINY = torch.finfo(torch.float32).tiny
@@ -44,7 +47,8 @@ class Evidence:
     Attributes:
         weight: stacked weight [d_out, d_in].
         x, u: paired inputs and input gradients [rows, d_in]; u is None without gradients.
-        moment: E[x xᵀ] [d_in, d_in] over other tokens, or None.
+        moment: E[x xᵀ] [d_in, d_in] over tokens to fit bases on, or None.
+        fresh: which rows [rows] are not among those tokens; None: all.
     """
 
     site: Site
@@ -52,6 +56,7 @@ class Evidence:
     x: Tensor
     u: Tensor | None
     moment: Tensor | None = None
+    fresh: Tensor | None = None
 
     def sensitivity(self) -> Tensor:
         """Loss-aware importance per input, c_j = sqrt(E[u_j²]), steadied by the column norms [d_in]."""
@@ -92,20 +97,23 @@ def importance_scale(evidence: Evidence, importance: str) -> Tensor:
 
 def rank_candidates(evidence: Evidence) -> Iterator[Candidate]:
     """Rank adapters (and static low rank, their densest point) over ``RANKS`` × ``DENSITIES``."""
+    site = evidence.site
+    if site.d_out < TALL * site.d_in:
+        return
     output_basis, pull = output_basis_of(evidence)
-    z = evidence.x[:RANK_ROWS] @ (evidence.weight.t() @ output_basis)  # [rows, r_max]
-    slope = None if evidence.u is None else evidence.u[:RANK_ROWS] @ pull  # Uᵀg
+    rows = slice(None) if evidence.fresh is None else evidence.fresh
+    z = evidence.x[rows][:RANK_ROWS] @ (evidence.weight.t() @ output_basis)  # [rows, r_max]
+    slope = None if evidence.u is None else evidence.u[rows][:RANK_ROWS] @ pull  # Uᵀg
     effect = _effect(z, slope, torch.ones(z.shape[1]))
     scale = torch.ones(z.shape[1]) if slope is None else slope.square().mean(0).sqrt()
     scores = z.abs() * scale
-    site = evidence.site
     for share in RANKS:
         r = max(1, round(share * z.shape[1]))
         kept = {"output_basis": output_basis[:, :r]}
         never = scores.index_fill(1, torch.arange(r, z.shape[1]), -1.0)  # beyond the rank: below every threshold
-        levels = quantiles(scores[:, :r], DENSITIES[:-1:3])
-        priced = _price_levels(effect, never, torch.cat([torch.zeros(1), levels.sort().values]))
-        for level, (live, price) in zip([None, *levels.sort().values], priced, strict=True):
+        levels = quantiles(scores[:, :r], DENSITIES[:-1:3]).flip(0)
+        priced = _price_levels(effect, never, torch.cat([torch.zeros(1), levels]))
+        for level, (live, price) in zip([None, *levels], priced, strict=True):
             name, tensors = "low_rank", kept
             if level is not None:
                 name, tensors = "rank", kept | {"threshold": level / scale[:r].clamp_min(_TINY)}
@@ -141,11 +149,11 @@ def _square_root(matrix: Tensor) -> Tensor:
 
 
 def quantiles(scores: Tensor, densities: tuple[float, ...]) -> Tensor:
-    """Levels that leave each share of the scores at or above them."""
-    flat = scores.flatten()
-    if len(flat) > 4_000_000:
-        flat = flat[:: len(flat) // 2_000_000]
-    ordered = flat.sort().values
+    """Levels that leave each share of the scores [rows, d] at or above them, from at most QUANTILE_SAMPLE."""
+    stride = max(1, scores.numel() // QUANTILE_SAMPLE)
+    while math.gcd(stride, scores.shape[1]) > 1:  # every coordinate has its turn
+        stride += 1
+    ordered = scores.flatten()[::stride].sort().values
     index = [min(len(ordered) - 1, round((1 - density) * len(ordered))) for density in densities]
     return ordered[index]
 

@@ -1,4 +1,6 @@
-"""From evidence to one candidate per site under the budget. To add a recipe: a function and a line in ``RECIPES``.
+"""From evidence to choices of one candidate per site under the budget.
+
+To add a recipe: a function and a line in ``RECIPES``.
 
 ``neuron``  neuron adapters everywhere, loss-aware thresholds, one global allocation.
 ``auto``    every family competes at every site under the same allocation: the best we have.
@@ -42,24 +44,27 @@ class Mlp:
 Choice = dict[Site, Candidate]
 
 
-def choose_neuron(evidence: Sequence[Evidence], mlps: Sequence[Mlp], budget: float) -> Choice:
-    return _globally(evidence, budget, lambda e: [dense_candidate(e), *neuron_candidates(e)])
+def choose_neuron(evidence: Sequence[Evidence], mlps: Sequence[Mlp], budget: float) -> list[Choice]:
+    return [_allocated(evidence, budget, [[dense_candidate(e), *neuron_candidates(e)] for e in evidence])]
 
 
-def choose_auto(evidence: Sequence[Evidence], mlps: Sequence[Mlp], budget: float) -> Choice:
-    return _globally(evidence, budget, lambda e: [dense_candidate(e), *neuron_candidates(e), *rank_candidates(e)])
+def choose_auto(evidence: Sequence[Evidence], mlps: Sequence[Mlp], budget: float) -> list[Choice]:
+    """Without and with rank adapters, where that differs: predicted prices favour them, so both are measured."""
+    neuron = [[dense_candidate(e), *neuron_candidates(e)] for e in evidence]
+    every = [[*few, *rank_candidates(e)] for few, e in zip(neuron, evidence, strict=True)]
+    choices = [_allocated(evidence, budget, candidates) for candidates in (neuron, every)]
+    families = [{c.family for c in choice.values()} for choice in choices]
+    return choices if families[1] - {"dense", "neuron"} else choices[:1]
 
 
-def _globally(
-    evidence: Sequence[Evidence], budget: float, candidates_of: Callable[[Evidence], list[Candidate]]
-) -> Choice:
-    candidates = [candidates_of(e) for e in evidence]
+def _allocated(evidence: Sequence[Evidence], budget: float, candidates: list[list[Candidate]]) -> Choice:
+    """One candidate per site under one budget, a share of the dense FLOPs of all sites."""
     total = sum(dense_flops(e.site) for e in evidence)
     chosen = allocate([[c.option for c in options] for options in candidates], budget * total)
     return {e.site: options[k] for e, options, k in zip(evidence, candidates, chosen, strict=True)}
 
 
-def choose_rana(evidence: Sequence[Evidence], mlps: Sequence[Mlp], budget: float) -> Choice:
+def choose_rana(evidence: Sequence[Evidence], mlps: Sequence[Mlp], budget: float) -> list[Choice]:
     by_site = {e.site: e for e in evidence}
     in_mlp = {s for m in mlps for s in (*m.inputs, m.down)}
     adapted = in_mlp | {site for site in by_site if site.kind == "stacked"}
@@ -68,7 +73,7 @@ def choose_rana(evidence: Sequence[Evidence], mlps: Sequence[Mlp], budget: float
     choice |= {site: best_rank(by_site[site], ratio) for site in adapted - in_mlp}
     for mlp in mlps:
         choice |= _split_mlp(mlp, by_site, ratio)
-    return choice
+    return [choice]
 
 
 def _uniform_ratio(by_site: Mapping[Site, Evidence], adapted: set[Site], budget: float) -> float:
@@ -163,7 +168,8 @@ def _run(candidate: Candidate, evidence: Evidence) -> Tensor:
     return family.forward(evidence.x, [weight], [None], tensors)[0]
 
 
-RECIPES: dict[str, Callable[[Sequence[Evidence], Sequence[Mlp], float], Choice]] = {
+# Each gives one or more choices; the one whose outputs diverge least on held-back batches becomes the plan.
+RECIPES: dict[str, Callable[[Sequence[Evidence], Sequence[Mlp], float], list[Choice]]] = {
     "auto": choose_auto,
     "neuron": choose_neuron,
     "rana": choose_rana,

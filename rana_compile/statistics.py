@@ -18,6 +18,7 @@ class Sample:
         capacity: most rows kept.
         x: inputs [rows, d_in], in the model's dtype.
         u: input gradients of the summed loss [rows, d_in] in bfloat16's range, or None before a backward pass.
+        fresh: whether a row [rows] was left out of the second moments, so that it may price a basis fitted on them.
         seen: rows offered so far.
     """
 
@@ -25,22 +26,25 @@ class Sample:
     seed: int
     x: Tensor | None = None
     u: Tensor | None = None
+    fresh: Tensor = field(init=False)
     seen: int = 0
     _generator: torch.Generator = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.fresh = torch.ones(self.capacity, dtype=torch.bool)
         self._generator = torch.Generator().manual_seed(self.seed)
 
     @property
     def rows(self) -> int:
         return min(self.seen, self.capacity)
 
-    def offer(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def offer(self, x: Tensor, fresh: bool = True) -> tuple[Tensor, Tensor]:
         """Take rows of x [n, d_in] in; returns (rows of x taken, slots they went to) to pair gradients with."""
         taken, slots = self._draw(x.shape[0])
         if self.x is None:
             self.x = torch.zeros(self.capacity, x.shape[1], dtype=x.dtype)
         self.x[slots] = x[taken].detach().cpu()
+        self.fresh[slots] = fresh
         return taken, slots
 
     def offer_gradient(self, u: Tensor, taken: Tensor, slots: Tensor) -> None:

@@ -16,6 +16,7 @@ def test_sample_keeps_everything_while_there_is_room() -> None:
         sample.offer_gradient(part * 2, taken, slots)
     assert sample.rows == 6
     assert torch.equal(sample.x[:6], x)
+    assert sample.fresh.all()
     assert torch.equal(sample.u[:6].float(), x * 2)
 
 

@@ -42,8 +42,7 @@ class Rank:
         }
 
     def decode(self, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
-        z = torch.ops.rana.linear(x, packed["basis"], None)
-        return torch.ops.rana.masked_linear(z, packed["threshold"], packed["weight_t"], bias)
+        return torch.ops.rana.rank_linear(x, packed["basis"], packed["threshold"], packed["weight_t"], bias)
 
     def flops(self, site: Site, live: float, tensors: Tensors) -> float:
         return masked_flops(tensors["output_basis"].shape[1], site.d_in) + masked_flops(live, site.d_out)

@@ -1,0 +1,225 @@
+"""Decode speed of an adapted model against the dense one, eager and under Inductor, in turns in one process.
+
+    python benchmarks/decode.py --dtype bfloat16 --flops-budget 0.6
+    python benchmarks/decode.py --model llama-2-7b --device cuda --dtype bfloat16 --batch 1 2 4 8 16
+
+Correctness is checked before a speed is printed: the compiled model must give the logits of the plain formulas.
+Models named by shape have random weights: time depends on shapes and densities alone.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bandwidth import measured_bandwidth
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import rana_compile
+from rana_compile.report import totals
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from inputs import load_smollm2, pydoc_topics  # noqa: E402
+
+# hidden, intermediate, layers, heads, key/value heads, vocabulary
+SHAPES = {
+    "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936),
+    "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
+    "llama-3-8b": (4096, 14336, 32, 32, 8, 128256),
+}
+PROMPT = 16  # tokens before the first decoded one
+console = Console(width=140)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median milliseconds of one decode step, and the bytes of weights it reads."""
+
+    name: str
+    batch: int
+    ms: float
+    weight_bytes: float
+
+
+def main() -> None:
+    settings = parse_arguments()
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    dtype = getattr(torch, settings.dtype)
+    model, calibration = load(settings, dtype)
+    plan = planned(model, calibration, settings)
+    bandwidth = measured_bandwidth(torch.device(settings.device))
+    console.print(f"{totals(plan)}; streaming {bandwidth / 1e9:.0f} GB/s", highlight=False)
+    timings = [t for batch in settings.batch for t in measured(model, plan, batch, settings)]
+    show(timings, bandwidth, settings)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help=f"smollm2 (real weights), or a shape: {', '.join(SHAPES)}")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--flops-budget", type=float, default=0.6)
+    parser.add_argument("--recipe", default="auto")
+    parser.add_argument("--exclude", nargs="*", default=None)
+    parser.add_argument("--calibration-tokens", type=int, default=4096)
+    parser.add_argument("--plan", type=Path, help="a saved plan; made and saved there if it does not exist")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--tokens", type=int, default=32, help="decoded tokens in a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--context", type=int, default=256, help="length of the static cache")
+    parser.add_argument("--mode", default=None, help="of Inductor; on CUDA reduce-overhead (CUDA graphs)")
+    parser.add_argument("--eager", action="store_true", help="time the dense model without Inductor too")
+    settings = parser.parse_args()
+    if settings.mode is None and settings.device.startswith("cuda"):
+        settings.mode = "reduce-overhead"
+    return settings
+
+
+def load(settings: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Tensor]:
+    """The model on its device, and calibration windows [windows, 512]."""
+    windows = max(2, settings.calibration_tokens // 512)
+    if settings.model == "smollm2":
+        model, tokenizer = load_smollm2(dtype)
+        return model.to(settings.device), pydoc_topics(tokenizer, 512, windows, 1)[0]
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[settings.model]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=2048,
+        dtype=dtype,
+    )
+    with torch.device(settings.device):
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        model = LlamaForCausalLM(config).eval()
+        torch.set_default_dtype(default)
+    return model, torch.randint(vocabulary, (windows, 512))
+
+
+def planned(model: nn.Module, windows: Tensor, settings: argparse.Namespace) -> rana_compile.Plan:
+    if settings.plan and settings.plan.exists():
+        return rana_compile.Plan.load(settings.plan)
+    begin = time.perf_counter()
+    on_cuda = settings.device.startswith("cuda")
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    plan = rana_compile.calibrate(
+        model, windows.split(1), settings.flops_budget, recipe=settings.recipe, exclude=settings.exclude
+    )
+    peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of device memory" if on_cuda else ""
+    console.print(f"calibrated on {windows.numel()} tokens in {time.perf_counter() - begin:.0f} s{peak}")
+    if settings.plan:
+        plan.save(settings.plan)
+    return plan
+
+
+def measured(model: Any, plan: rana_compile.Plan, batch: int, settings: argparse.Namespace) -> list[Timing]:
+    """Every variant at one batch size, timed in turns."""
+    torch.compiler.reset()
+    dense = torch.compile(model.forward, mode=settings.mode)
+    options = {"plan": plan} | ({"mode": settings.mode} if settings.mode else {})
+    adapted = torch.compile(model.forward, backend="rana", options=options)
+    check(model, adapted, plan, batch, settings)
+    variants: dict[str, Callable[..., Any]] = {"dense Inductor": dense, "rana": adapted}
+    if settings.eager:
+        variants = {"dense eager": model.forward} | variants
+    steps = {name: Decoder(model, forward, batch, settings) for name, forward in variants.items()}
+    for step in steps.values():
+        step.run(4)
+    rounds = [{name: step.run(settings.tokens) for name, step in steps.items()} for _ in range(settings.rounds)]
+    dense_bytes = plan.model_flops / 2 * next(model.parameters()).element_size()
+    read = {name: dense_bytes * (plan.flops_kept_model if name == "rana" else 1.0) for name in steps}
+    result = [Timing(name, batch, statistics.median(r[name] for r in rounds), read[name]) for name in steps]
+    del steps
+    gc.collect()
+    return result
+
+
+def check(
+    model: Any, fast: Callable[..., Any], plan: rana_compile.Plan, batch: int, settings: argparse.Namespace
+) -> None:
+    """One decode step, compiled, against the plain formulas. Raises SystemExit if they differ."""
+    ids = torch.randint(model.config.vocab_size, (batch, 1), device=settings.device)
+    with rana_compile.adapted(model, plan) as run:
+        expected = run(input_ids=ids, use_cache=False).logits.float()
+    got = fast(input_ids=ids, use_cache=False).logits.float()
+    error = float((got - expected).norm() / expected.norm())
+    # a coordinate at its threshold may fall either way, and later layers follow it
+    limit = 1e-3 if settings.dtype == "float32" else 0.1
+    console.print(f"batch {batch}: relative difference to the plain formulas {error:.1e}", highlight=False)
+    if not error < limit:
+        raise SystemExit(f"wrong result: relative difference {error:.2e}, expected below {limit}")
+
+
+class Decoder:
+    """Greedy decoding with a static cache; every call of ``run`` starts again behind the same prompt."""
+
+    def __init__(self, model: Any, forward: Callable[..., Any], batch: int, settings: argparse.Namespace) -> None:
+        from transformers import StaticCache
+
+        self.forward, self.device = forward, torch.device(settings.device)
+        self.cache = StaticCache(config=model.config, max_cache_len=settings.context)
+        self.prompt = torch.randint(model.config.vocab_size, (batch, PROMPT), device=self.device)
+        self.model = model
+
+    def run(self, tokens: int) -> float:
+        """Milliseconds per decoded token."""
+        self.cache.reset()
+        positions = torch.arange(PROMPT, device=self.device)[None]
+        logits = self.model.forward(input_ids=self.prompt, past_key_values=self.cache, position_ids=positions).logits
+        ids = logits[:, -1:].argmax(-1)
+        position = positions[:, -1:] + 1
+        begin = 0.0
+        for i in range(tokens + 1):
+            if i == 1:
+                begin = self._now()
+            torch.compiler.cudagraph_mark_step_begin()
+            logits = self.forward(input_ids=ids, past_key_values=self.cache, position_ids=position).logits
+            ids = logits[:, -1:].argmax(-1)
+            position = position + 1
+        return (self._now() - begin) * 1e3 / tokens
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def show(timings: list[Timing], bandwidth: float, settings: argparse.Namespace) -> None:
+    table = Table(title=f"{settings.model}, {settings.dtype}, {settings.device}, {torch.get_num_threads()} threads")
+    for column in ("batch", "model", "ms/token", "tokens/s", "GB read/token", "GB/s", "of bandwidth", "speed-up"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for t in timings:
+        base = next(x.ms for x in timings if x.batch == t.batch and x.name == "dense Inductor")
+        rate = t.weight_bytes / (t.ms / 1e3)
+        table.add_row(
+            str(t.batch),
+            t.name,
+            f"{t.ms:.2f}",
+            f"{t.batch * 1e3 / t.ms:.1f}",
+            f"{t.weight_bytes / 1e9:.2f}",
+            f"{rate / 1e9:.0f}",
+            f"{rate / bandwidth:.0%}",
+            f"{base / t.ms:.2f}×",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Every op, for every implementation that runs here, against the plain form in float64; and ``opcheck``.
+
+To test another implementation of an op add it to ``IMPLEMENTATIONS``. "interpreted" are the Triton kernels on CPU
+tensors: ``test_triton.py`` runs this file again with TRITON_INTERPRET=1 to get them.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rana_compile.kernels import ops, reference
+from rana_compile.types import RanaError
+
+OPS = ("linear", "masked_linear", "rank_linear", "gated_mlp")
+IMPLEMENTATIONS = [
+    *((op, "reference") for op in OPS),
+    *((op, "cpu") for op in OPS),
+    *((op, "cuda") for op in OPS if torch.cuda.is_available()),
+    *((op, "interpreted") for op in OPS if os.environ.get("TRITON_INTERPRET") == "1"),
+]
+each_implementation = pytest.mark.parametrize(("op", "where"), IMPLEMENTATIONS)
+
+# Results are rounded once, after sums in float32 (rank_linear and gated_mlp: again between their products).
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+each_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
+
+
+def implementation(op: str, where: str) -> Callable[..., Tensor]:
+    if where == "reference":
+        return getattr(reference, op)
+    if where == "interpreted":
+        from rana_compile.kernels import cuda
+
+        return getattr(cuda, op)
+    ops.load(where)
+    return getattr(torch.ops.rana, op)
+
+
+def arguments(
+    op: str, shape: tuple[int, int, int], dtype: torch.dtype, where: str = "cpu", keep: float = 0.5, bias: bool = True
+) -> list[Any]:
+    """Arguments for rows, d_in, d_out; every mask keeps about ``keep`` of its coordinates."""
+    rows, d_in, d_out = shape
+    device = "cuda" if where == "cuda" else "cpu"
+    inner = 2 * d_in // 3 + 1  # the rank, or the hidden neurons
+
+    def normal(*sizes: int) -> Tensor:
+        return (torch.randn(*sizes) * max(1, sizes[0] if len(sizes) > 1 else 1) ** -0.5).to(dtype).to(device)
+
+    def threshold(n: int, scale: float) -> Tensor:
+        if keep in (0.0, 1.0):
+            return torch.full((n,), 0.0 if keep else torch.inf, device=device)
+        return (torch.rand(n).to(device) + 0.5) * scale * (1 - keep) * 1.35  # about half for keep = 0.5
+
+    def maybe(n: int) -> Tensor | None:
+        return torch.randn(n).to(dtype).to(device) if bias else None
+
+    x = torch.randn(rows, d_in).to(dtype).to(device)
+    if op == "linear":
+        return [x, normal(d_out, d_in), maybe(d_out)]
+    if op == "masked_linear":
+        return [x, threshold(d_in, 1.0), normal(d_in, d_out), maybe(d_out)]
+    if op == "rank_linear":
+        basis = normal(d_in, inner).t().contiguous()
+        return [x, basis, threshold(inner, 1.0), normal(inner, d_out), maybe(d_out)]
+    up, down = normal(d_in, 2 * inner), normal(inner, d_out)
+    return [x, threshold(d_in, 1.0), up, maybe(2 * inner), threshold(inner, 0.3), down, maybe(d_out), "silu"]
+
+
+def check(op: str, where: str, args: list[Any]) -> None:
+    """Relative error of the whole output, NaN in the same places, dtype and shape of the plain form."""
+    y = implementation(op, where)(*args)
+    dtype = args[0].dtype
+    plain = getattr(reference, op)(*args)
+    assert y.dtype == dtype and y.shape == plain.shape and y.device == args[0].device
+    if op in ("linear", "masked_linear"):
+        exact = getattr(reference, op)(*(a.double() if a is not None and a.dtype == dtype else a for a in args))
+    else:
+        exact = plain.double()  # a float64 product between the two would move the second mask
+    assert torch.equal(y.isnan(), exact.isnan())
+    error = (y.double() - exact).nan_to_num().norm() / exact.nan_to_num().norm().clamp_min(1e-6)
+    allowed = TOLERANCE[dtype] if op in ("linear", "masked_linear") else 4 * TOLERANCE[dtype]
+    if where == "interpreted" and dtype == torch.bfloat16:
+        allowed *= 2  # the interpreter truncates to bfloat16
+    assert error <= allowed
+
+
+@each_dtype
+@each_implementation
+@pytest.mark.parametrize("shape", [(1, 96, 64), (1, 300, 77), (2, 64, 35), (5, 33, 48), (16, 40, 31), (17, 20, 20)])
+def test_against_the_plain_form(op: str, where: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    check(op, where, arguments(op, shape, dtype, where))
+
+
+@each_implementation
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 5), (1, 5, 1), (3, 1, 2), (0, 4, 3), (1, 17, 2049)])
+def test_tiny_and_odd_shapes(op: str, where: str, shape: tuple[int, int, int]) -> None:
+    check(op, where, arguments(op, shape, torch.float32, where, bias=False))
+
+
+@each_implementation
+@pytest.mark.parametrize("keep", [0.0, 1.0])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_nothing_and_everything_live(op: str, where: str, keep: float, rows: int) -> None:
+    check(op, where, arguments(op, (rows, 70, 50), torch.float32, where, keep))
+
+
+@each_implementation
+def test_one_coordinate_live(op: str, where: str) -> None:
+    args = arguments(op, (1, 70, 50), torch.float32, where, keep=0.0)
+    for a in args:
+        if isinstance(a, Tensor) and a.isinf().all():
+            a[len(a) // 2] = 0.0
+    check(op, where, args)
+
+
+@each_implementation
+def test_non_contiguous_inputs_and_more_dimensions(op: str, where: str) -> None:
+    args = arguments(op, (6, 24, 10), torch.float32, where)
+    flat = args[0]
+    args[0] = flat.t().contiguous().t()
+    check(op, where, args)
+    args[0] = flat.reshape(2, 3, 24)
+    check(op, where, args)
+    args[0] = flat[0]
+    check(op, where, args)
+
+
+@each_implementation
+def test_outputs_are_written_whole_and_nan_passes(op: str, where: str) -> None:
+    """The allocator likes to give freed memory again: fill it with NaN first."""
+    args = arguments(op, (3, 40, 50), torch.float32, where)
+    for _ in range(3):
+        poison = [torch.full((3, n), torch.nan, device=args[0].device) for n in (27, 50, 54) for _ in range(4)]
+        del poison
+        check(op, where, args)
+    args[0][1, 7] = torch.nan
+    check(op, where, args)
+
+
+@pytest.mark.parametrize("where", [where for op, where in IMPLEMENTATIONS if (op, where) == ("masked_linear", where)])
+def test_skipped_rows_are_not_read(where: str) -> None:
+    if where == "reference":
+        pytest.skip("the plain form multiplies them by zero")
+    z, threshold, weight_t, bias = arguments("masked_linear", (1, 100, 70), torch.float32, where)
+    skipped = z[0].abs() < threshold
+    expected = implementation("masked_linear", where)(z, threshold, weight_t, bias)
+    weight_t[skipped] = torch.nan
+    assert 0 < skipped.sum() < 100
+    assert torch.equal(implementation("masked_linear", where)(z, threshold, weight_t, bias), expected)
+
+
+@each_implementation
+def test_repeats_bit_for_bit(op: str, where: str) -> None:
+    args = arguments(op, (2, 513, 130), torch.bfloat16, where)
+    run = implementation(op, where)
+    first = run(*args)
+    assert all(torch.equal(run(*args), first) for _ in range(3))
+
+
+@pytest.mark.parametrize(("op", "where"), [pair for pair in IMPLEMENTATIONS if pair[1] != "reference"])
+def test_wrong_arguments_are_errors(op: str, where: str) -> None:
+    good = arguments(op, (1, 16, 8), torch.bfloat16, where)
+    run = implementation(op, where)
+    weights = [i for i, a in enumerate(good) if isinstance(a, Tensor) and a.dim() == 2 and i > 0]
+    for i in weights:
+        for wrong in (good[i].float(), good[i].repeat(2, 2), good[i].t().contiguous().t()):
+            with pytest.raises((RuntimeError, RanaError)):
+                run(*good[:i], wrong, *good[i + 1 :])
+    for i in (i for i, a in enumerate(good) if isinstance(a, Tensor) and a.dim() == 1 and i > 0):
+        for wrong in (good[i].double(), good[i][:-1]):
+            with pytest.raises((RuntimeError, RanaError)):
+                run(*good[:i], wrong, *good[i + 1 :])
+
+
+@pytest.mark.parametrize(("op", "where"), [pair for pair in IMPLEMENTATIONS if pair[1] in ("cpu", "cuda")])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_opcheck(op: str, where: str, rows: int) -> None:
+    ops.load(where)
+    torch.library.opcheck(getattr(torch.ops.rana, op), arguments(op, (rows, 24, 10), torch.float32, where))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_shape_rule(op: str) -> None:
+    """Fake tensors get the shape and dtype of the plain form, without an implementation for their device."""
+    args = arguments(op, (2, 12, 6), torch.bfloat16, "reference")
+    plain = getattr(reference, op)(*args)
+    meta = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
+    shaped = getattr(torch.ops.rana, op)(*meta)
+    assert (shaped.shape, shaped.dtype) == (plain.shape, plain.dtype)
+
+
+def test_an_unknown_activation_is_an_error_without_running() -> None:
+    args = arguments("gated_mlp", (1, 12, 6), torch.float32, "reference")
+    meta = [a.to("meta") if isinstance(a, Tensor) else a for a in args[:-1]]
+    with pytest.raises(RanaError, match="'swish'; known: silu"):
+        torch.ops.rana.gated_mlp(*meta, "swish")
+
+
+def test_a_device_without_kernels_is_an_error() -> None:
+    assert not ops.is_supported("xpu")
+    with pytest.raises(RanaError, match="'xpu'; known: cpu, cuda"):
+        ops.load("xpu")

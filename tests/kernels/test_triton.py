@@ -1,0 +1,185 @@
+"""The Triton kernels: under the interpreter without a GPU, compiled for three architectures, and on a GPU if there is.
+
+The interpreter must be chosen before Triton is imported, so its tests run in processes of their own.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rana_compile.kernels import reference
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+HERE = Path(__file__).parent
+on_kernels = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="test_under_the_interpreter runs it in another process"
+)
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+offline = pytest.mark.skipif(INTERPRETED, reason="interpreted functions have no machine code")
+
+
+@offline
+@pytest.mark.parametrize("which", ["interpreted and (masked or linear-)", "interpreted and gated_mlp", "tile"])
+def test_under_the_interpreter(which: str) -> None:
+    files = [str(HERE / name) for name in ("test_ops.py", "test_triton.py")]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-k",
+        which,
+        *files,
+    ]
+    done = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert re.search(r"[1-9]\d* passed", done.stdout), done.stdout[-2000:]
+
+
+@on_kernels
+@pytest.mark.parametrize("activation", [None, "silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_activations_and_tiles(rows: int, activation: str | None) -> None:
+    from rana_compile.kernels import cuda
+
+    d, ld = 300, 100
+    cols = ld // 2 if activation else ld
+    z, threshold = torch.randn(rows, d, device=DEVICE), torch.rand(d, device=DEVICE)
+    weight_t, bias = torch.randn(d, ld, device=DEVICE) / 17, torch.randn(ld, device=DEVICE)
+    expected = reference.masked_linear(z, threshold, weight_t, bias)
+    if activation:
+        expected = reference.gated(expected, activation)
+    for tile in cuda.TILES if activation in (None, "silu") else cuda.TILES[-1:]:
+        out = torch.full((rows, cols), torch.nan, device=DEVICE)
+        cuda._run(tile, z, threshold, weight_t, bias, out, rows, cols, activation)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+MASKED = {
+    "z": "*T",
+    "threshold": "*fp32",
+    "weight": "*T",
+    "bias": "*T",
+    "out": "*T",
+    "d": "i32",
+    "cols": "i32",
+    "ld": "i32",
+}
+PARTS = {"parts": "*fp32", "bias": "*T", "out": "*T", "rows": "i32", "cols": "i32", "ld": "i32"}
+DENSE = {"x": "*T", "weight": "*T", "bias": "*T", "out": "*T", "d_out": "i32"}
+
+
+def machine_code(
+    architecture: int, name: str, types: dict[str, str], dtype: str, warps: int, **constants: Any
+) -> bytes:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from rana_compile.kernels import triton_programs
+
+    program = getattr(triton_programs, name)
+    constants["PDL"] = architecture >= 90
+    places = {argument: (i,) for i, argument in enumerate(program.arg_names)}
+    source = ASTSource(
+        program,
+        {argument: types.get(argument, "constexpr").replace("T", dtype) for argument in places},
+        {places[argument]: value for argument, value in constants.items()},
+        {places[argument]: [["tt.divisibility", 16]] for argument in types if argument != "rows"},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps}).asm["cubin"]
+
+
+def assert_no_spills(cubin: bytes, folder: Path) -> None:
+    """Spilled registers, and arrays indexed at run time, live in local memory, on the stack."""
+    from triton import knobs
+
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"REG:[1-9]", usage), usage
+    assert re.search(r"STACK:0 .*LOCAL:0 ", usage), usage
+
+
+@offline
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_masked_gemv_compiles_without_spills(
+    rows: int, activation: str | None, dtype: str, architecture: int, tmp_path: Path
+) -> None:
+    from rana_compile.kernels import cuda
+
+    usual = {
+        cuda._usual_tile(rows, d, cols, activation is not None) for d in (4096, 11008) for cols in (1024, 4096, 11008)
+    }
+    for tile in usual:
+        types = MASKED | ({"out": "*fp32"} if tile.split > 1 else {})
+        constants = {"ACTIVATION": activation, "SPLIT": tile.split, "PART": 4096, "BATCH": rows}
+        shape = {"BLOCK_N": tile.columns, "DEPTH": tile.depth, "WARPS": tile.warps}
+        assert_no_spills(
+            machine_code(architecture, "masked_gemv", types, dtype, tile.warps, **constants, **shape), tmp_path
+        )
+
+
+@offline
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_the_other_programs_compile_without_spills(architecture: int, tmp_path: Path) -> None:
+    parts = {"ACTIVATION": "gelu", "SPLIT": 4, "BLOCK_N": 128}
+    assert_no_spills(machine_code(architecture, "add_parts", PARTS, "fp16", 4, **parts), tmp_path)
+    dense = {"D": 4096, "BLOCK_N": 1, "BLOCK_K": 4096}
+    assert_no_spills(machine_code(architecture, "gemv", DENSE, "fp16", 8, **dense), tmp_path)
+
+
+@on_gpu
+def test_inside_a_cuda_graph() -> None:
+    from rana_compile.kernels import ops
+
+    ops.load("cuda")
+    z, threshold = torch.randn(1, 512, device=DEVICE), torch.rand(512, device=DEVICE)
+    weight_t = torch.randn(512, 2048, device=DEVICE)
+    torch.ops.rana.masked_linear(z, threshold, weight_t, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = torch.ops.rana.masked_linear(z, threshold, weight_t, None)
+    for _ in range(3):
+        z.normal_()
+        graph.replay()
+        assert torch.equal(y, torch.ops.rana.masked_linear(z, threshold, weight_t, None))
+
+
+@on_gpu
+@pytest.mark.filterwarnings("ignore")  # Inductor's own
+def test_inside_a_compiled_model() -> None:
+    from rana_compile.kernels import ops
+
+    ops.load("cuda")
+    threshold, weight_t = torch.rand(512, device=DEVICE), torch.randn(512, 2048, device=DEVICE) / 20
+
+    def model(x: Tensor) -> Tensor:
+        return torch.relu(torch.ops.rana.masked_linear(x + 1, threshold, weight_t, None)) * 2
+
+    compiled: Callable[[Tensor], Tensor] = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(1, 512, device=DEVICE)
+            torch.testing.assert_close(compiled(x).clone(), model(x), rtol=1e-5, atol=1e-5)
