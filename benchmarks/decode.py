@@ -27,7 +27,7 @@ import rana_compile
 from rana_compile.report import totals
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from inputs import load_smollm2, pydoc_topics  # noqa: E402
+from inputs import load_smollm2, pydoc_topics
 
 # hidden, intermediate, layers, heads, key/value heads, vocabulary
 SHAPES = {

@@ -20,13 +20,13 @@ python3 -c 'import torch, triton; print("torch", torch.__version__, "triton", tr
 for each in $PARTS; do
     case "$each" in
     tests)
-        part tests 300 python3 -m pytest tests/kernels -q -k "cuda or tile or compile or graph" -p no:cacheprovider -p no:benchmark
+        part tests 300 python3 -m pytest tests/kernels -q -p no:cacheprovider -p no:benchmark
         ;;
     memcheck)
         if command -v compute-sanitizer >/dev/null; then
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 part memcheck 400 compute-sanitizer --tool memcheck --error-exitcode 9 \
                 --target-processes all python3 -m pytest tests/kernels -q -p no:cacheprovider -p no:benchmark \
-                -k "cuda and (plain_form or tiny or live) and not cuda_graph"
+                -k "cuda and (plain_form or tiny or live)"
         else
             echo "== memcheck: no compute-sanitizer on this machine, not run"
         fi

@@ -13,6 +13,7 @@ import math
 import os
 import tempfile
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +54,7 @@ TILES = (
     Tile(32, 4, 16, 4),
     Tile(32, 4, 4, 1),
 )
+_measured: dict[tuple[Any, ...], Tile] = {}  # per shape, dtype and device
 
 
 def register() -> None:
@@ -150,10 +152,19 @@ def _run(
 def _tile(z: Tensor, rows: int, d: int, cols: int, activation: str | None) -> Tile:
     """The fastest tile for a shape, measured once per device model; a usual one if it is small or a graph captured."""
     gate = activation is not None
-    small = d * cols * z.element_size() < 2**20
-    if small or z.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if z.device.type != "cuda" or d * cols * z.element_size() < 2**20:
         return _usual_tile(rows, d, cols, gate)
-    return _tuned_tile(rows, d, cols, gate, z.dtype, z.device)
+    key = (rows, d, cols, gate, z.dtype, z.device)
+    if key not in _measured:
+        file = _tile_file(*key)
+        if file.exists():
+            _measured[key] = Tile(*json.loads(file.read_text()))
+        elif torch.cuda.is_current_stream_capturing():
+            return _usual_tile(rows, d, cols, gate)
+        else:
+            _measured[key] = _measure_tile(*key)
+            _save(_measured[key], file)
+    return _measured[key]
 
 
 def _usual_tile(rows: int, d: int, cols: int, gate: bool) -> Tile:
@@ -169,16 +180,25 @@ def _usual_tile(rows: int, d: int, cols: int, gate: bool) -> Tile:
     return Tile(32, 8, 8, 1)
 
 
-@cache
-def _tuned_tile(rows: int, d: int, cols: int, gate: bool, dtype: torch.dtype, device: torch.device) -> Tile:
-    name = f"{torch.cuda.get_device_name(device)}|{triton.__version__}|{rows}x{d}x{cols}|{gate}|{dtype}"
-    path = cache_directory() / f"tile_{hashlib.sha256((name + repr(TILES)).encode()).hexdigest()[:16]}.json"
-    if path.exists():
-        return Tile(*json.loads(path.read_text()))
-    log.info("tuning the masked kernel for %s", name)
-    z = torch.randn(rows, d, device=device, dtype=dtype)
-    threshold = torch.where(torch.rand(d, device=device) < 0.5, 0.0, torch.inf)  # half of the rows live, for all inputs
-    weight_t = torch.randn(d, 2 * cols if gate else cols, device=device, dtype=dtype)
+def _tile_file(rows: int, d: int, cols: int, gate: bool, dtype: torch.dtype, device: torch.device) -> Path:
+    of = (torch.cuda.get_device_name(device), triton.__version__, rows, d, cols, gate, dtype, TILES)
+    return cache_directory() / f"tile_{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.json"
+
+
+def _save(tile: Tile, file: Path) -> None:
+    """Under a temporary name first, so that processes may race."""
+    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".json.tmp")
+    with os.fdopen(handle, "w") as stream:
+        json.dump(tile, stream)
+    os.replace(temporary, file)
+
+
+def _measure_tile(rows: int, d: int, cols: int, gate: bool, dtype: torch.dtype, device: torch.device) -> Tile:
+    log.info("tuning the masked kernel for %d×%d×%d, %s", rows, d, cols, dtype)
+    own: dict[str, Any] = {"device": device, "generator": torch.Generator(device).manual_seed(0)}
+    z = torch.randn(rows, d, dtype=dtype, **own)
+    threshold = torch.where(torch.rand(d, **own) < 0.5, 0.0, torch.inf)  # half of the rows live, for all inputs
+    weight_t = torch.randn(d, 2 * cols if gate else cols, dtype=dtype, **own)
     out = z.new_empty((rows, cols))
     activation = "silu" if gate else None
 
@@ -193,12 +213,7 @@ def _tuned_tile(rows: int, d: int, cols: int, gate: bool, dtype: torch.dtype, de
         except OutOfResources:
             return math.inf
 
-    best = min((t for t in TILES if rows == 1 or t.depth * t.warps <= 64), key=seconds)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".json.tmp")
-    with os.fdopen(handle, "w") as file:
-        json.dump(best, file)
-    os.replace(temporary, path)
-    return best
+    return min((t for t in TILES if rows == 1 or t.depth * t.warps <= 64), key=seconds)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> None:

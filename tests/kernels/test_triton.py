@@ -168,6 +168,22 @@ def test_inside_a_cuda_graph() -> None:
 
 
 @on_gpu
+def test_tuning_is_kept_and_leaves_the_random_numbers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rana_compile.kernels import cuda
+
+    monkeypatch.setenv("RANA_COMPILE_CACHE", str(tmp_path))
+    monkeypatch.setattr(cuda, "_measured", {})
+    z = torch.randn(1, 1024, device=DEVICE)
+    before = torch.cuda.get_rng_state()
+    tile = cuda._tile(z, 1, 1024, 1024, None)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert len(list(tmp_path.iterdir())) == 1
+    cuda._measured.clear()
+    monkeypatch.setattr(cuda, "_measure_tile", None)
+    assert cuda._tile(z, 1, 1024, 1024, None) == tile
+
+
+@on_gpu
 @pytest.mark.filterwarnings("ignore")  # Inductor's own
 def test_inside_a_compiled_model() -> None:
     from rana_compile.kernels import ops
