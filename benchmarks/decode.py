@@ -78,6 +78,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--context", type=int, default=256, help="length of the static cache")
     parser.add_argument("--mode", default=None, help="of Inductor; on CUDA reduce-overhead (CUDA graphs)")
+    parser.add_argument(
+        "--tolerance", type=float, help="relative difference of logits that is accepted; many random layers amplify it"
+    )
     parser.add_argument("--eager", action="store_true", help="time the dense model without Inductor too")
     settings = parser.parse_args()
     if settings.mode is None and settings.device.startswith("cuda"):
@@ -161,7 +164,7 @@ def check(
     got = fast(input_ids=ids, use_cache=False).logits.float()
     error = float((got - expected).norm() / expected.norm())
     # a coordinate at its threshold may fall either way, and later layers follow it
-    limit = 1e-3 if settings.dtype == "float32" else 0.1
+    limit = settings.tolerance or (1e-3 if settings.dtype == "float32" else 0.1)
     console.print(f"batch {batch}: relative difference to the plain formulas {error:.1e}", highlight=False)
     if not error < limit:
         raise SystemExit(f"wrong result: relative difference {error:.2e}, expected below {limit}")

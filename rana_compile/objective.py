@@ -1,9 +1,9 @@
 """The loss whose increase prices an error, from whatever the model returns.
 
-Given labels: the model's own loss. Otherwise self-distillation: the negative log-likelihood of a label sampled
-from the model's own output distribution at every position, whose squared gradient is the Fisher information,
-that is the curvature of the divergence between adapted and dense outputs. Without logits: half the squared
-norm of the output along a random direction, a scaled squared error.
+With logits: self-distillation, the negative log-likelihood of a label sampled from the model's own output
+distribution at every position, whose squared gradient is the Fisher information, that is the curvature of the
+divergence between adapted and dense outputs. Labels in the data play no part. Without logits: the output along a
+random direction, in units of its size, which makes the price a scaled squared error.
 """
 
 from typing import Any
