@@ -22,6 +22,7 @@ using at::Tensor;
 
 constexpr int64_t kLane = 16;          // floats in a vector
 constexpr int64_t kGroup = 8;          // weight rows read together
+constexpr int64_t kLiveGroup = 4;      // gathered weight rows read together
 constexpr int64_t kMaxRows = 16;       // input rows that share one pass over the weight
 constexpr int64_t kTile = 2048;        // output columns whose sums stay in the first-level cache (one input row)
 constexpr int64_t kMinBytes = 1 << 15; // weight bytes below which another thread does not pay
@@ -82,10 +83,10 @@ inline void accumulate(float* acc, const float* v, const T* const* w, const T* c
     for (int k = 0; k < COUNT; ++k) acc[c] = std::fma(v[k], static_cast<float>(w[k][c]), acc[c]);
 }
 
-// One range of columns [begin, end) of one tile, for all input rows.
+// One range of columns [begin, begin + n) of one tile, for all input rows; ld: elements from row to row of weight and out.
 template <typename T>
-void masked_tile(const float* x, int64_t rows, int64_t d, const std::vector<int64_t>& live, const T* weight,
-                 int64_t d_out, int64_t begin, int64_t n, const T* bias, T* out, float* acc) {
+void masked_tile(const float* x, int64_t rows, int64_t d, const std::vector<int64_t>& live, const T* weight, int64_t ld,
+                 int64_t begin, int64_t n, const T* bias, T* out, float* acc) {
   std::fill(acc, acc + rows * n, 0.0f);
   const int64_t count = static_cast<int64_t>(live.size());
   const T* w[kGroup];
@@ -95,8 +96,8 @@ void masked_tile(const float* x, int64_t rows, int64_t d, const std::vector<int6
   for (; i + kGroup <= count; i += kGroup) {
     const bool more = i + 2 * kGroup <= count;
     for (int64_t k = 0; k < kGroup; ++k) {
-      w[k] = weight + live[i + k] * d_out + begin;
-      next[k] = more ? weight + live[i + kGroup + k] * d_out + begin : nullptr;
+      w[k] = weight + live[i + k] * ld + begin;
+      next[k] = more ? weight + live[i + kGroup + k] * ld + begin : nullptr;
     }
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t k = 0; k < kGroup; ++k) v[k] = x[r * d + live[i + k]];
@@ -104,15 +105,16 @@ void masked_tile(const float* x, int64_t rows, int64_t d, const std::vector<int6
     }
   }
   for (; i < count; ++i) {
-    w[0] = weight + live[i] * d_out + begin;
+    w[0] = weight + live[i] * ld + begin;
     for (int64_t r = 0; r < rows; ++r) accumulate<1, T>(acc + r * n, x + r * d + live[i], w, nullptr, n);
   }
-  for (int64_t r = 0; r < rows; ++r) store(out + r * d_out + begin, acc + r * n, bias ? bias + begin : nullptr, n);
+  for (int64_t r = 0; r < rows; ++r) store(out + r * ld + begin, acc + r * n, bias ? bias + begin : nullptr, n);
 }
 
+// Columns [0, d_out) of weight and out, whose rows are ld elements apart.
 template <typename T>
 void masked_rows(const T* z, int64_t rows, int64_t d, const float* threshold, const T* weight, int64_t d_out,
-                 const T* bias, T* out) {
+                 int64_t ld, const T* bias, T* out) {
   Scratch& s = scratch();
   s.x.resize(rows * d);
   s.live.clear();
@@ -136,8 +138,21 @@ void masked_rows(const T* z, int64_t rows, int64_t d, const float* threshold, co
     acc.resize(tile * rows);
     const int64_t end = std::min(last * kLane, d_out);
     for (int64_t begin = first * kLane; begin < end; begin += tile)
-      masked_tile(x, rows, d, live, weight, d_out, begin, std::min(tile, end - begin), bias, out, acc.data());
+      masked_tile(x, rows, d, live, weight, ld, begin, std::min(tile, end - begin), bias, out, acc.data());
   });
+}
+
+// The same, one mask per part: threshold [parts, d], the parts' columns side by side.
+template <typename T>
+void masked_parts(const T* z, int64_t rows, int64_t d, const float* threshold, const T* weight, at::IntArrayRef parts,
+                  const T* bias, T* out) {
+  int64_t ld = 0, begin = 0;
+  for (int64_t part : parts) ld += part;
+  for (int64_t part : parts) {
+    masked_rows(z, rows, d, threshold, weight + begin, part, ld, bias ? bias + begin : nullptr, out + begin);
+    threshold += d;
+    begin += part;
+  }
 }
 
 // COUNT outputs at once: COUNT weight rows streamed against x in float32.
@@ -155,6 +170,21 @@ inline void dot(const float* x, const T* weight, int64_t d, float* result) {
   for (int k = 0; k < COUNT; ++k) {
     result[k] = sum(a[k]);
     for (int64_t t = c; t < d; ++t) result[k] = std::fma(x[t], static_cast<float>(weight[k * d + t]), result[k]);
+  }
+}
+
+// The same for rows anywhere.
+template <int COUNT, typename T>
+inline void gathered_dot(const float* x, const T* const* weight, int64_t d, float* result) {
+  Floats a[COUNT] = {};
+  int64_t c = 0;
+  for (; c + kLane <= d; c += kLane) {
+    const Floats v = load(x + c);
+    for (int k = 0; k < COUNT; ++k) a[k] += v * load(weight[k] + c);
+  }
+  for (int k = 0; k < COUNT; ++k) {
+    result[k] = sum(a[k]);
+    for (int64_t t = c; t < d; ++t) result[k] = std::fma(x[t], static_cast<float>(weight[k][t]), result[k]);
   }
 }
 
@@ -244,6 +274,54 @@ void gate(Activation a, const T* y, int64_t rows, int64_t h, T* hidden) {
   }
 }
 
+template <typename T>
+void activations(Activation a, const T* gate, int64_t h, float* out) {
+  for (int64_t c = 0; c < h; c += kLane) {
+    Floats v = {};
+    const int64_t n = std::min(kLane, h - c);
+    for (int64_t i = 0; i < n; ++i) v[i] = static_cast<float>(gate[c + i]);
+    switch (a) {
+      case Activation::kSilu: v = activate<Activation::kSilu>(v); break;
+      case Activation::kGelu: v = activate<Activation::kGelu>(v); break;
+      case Activation::kGeluTanh: v = activate<Activation::kGeluTanh>(v); break;
+      case Activation::kRelu: v = activate<Activation::kRelu>(v); break;
+    }
+    for (int64_t i = 0; i < n; ++i) out[c + i] = static_cast<float>(static_cast<T>(v[i]));
+  }
+}
+
+// out[j] = weight[j] . x where the activated gate survives, else 0; x [d], weight [h, d].
+template <typename T>
+void live_rows(const T* x, int64_t d, Activation a, const T* gate, const float* threshold, const T* weight, int64_t h,
+               const T* bias, T* out) {
+  Scratch& s = scratch();
+  s.x.resize(d + h);
+  float* activated = s.x.data() + d;
+  activations(a, gate, h, activated);
+  s.live.clear();
+  for (int64_t j = 0; j < h; ++j) {
+    if (std::fabs(activated[j]) < threshold[j])
+      out[j] = static_cast<T>(0.0f);
+    else
+      s.live.push_back(j);
+  }
+  for (int64_t i = 0; i < d; ++i) s.x[i] = static_cast<float>(x[i]);
+  const float* wide = s.x.data();
+  const std::vector<int64_t>& live = s.live;
+  const int64_t count = static_cast<int64_t>(live.size());
+  at::parallel_for(0, count, grain(count, count * d * sizeof(T)), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i += kLiveGroup) {
+      float result[kLiveGroup];
+      const int64_t n = std::min(kLiveGroup, last - i);
+      const T* w[kLiveGroup];
+      for (int64_t k = 0; k < kLiveGroup; ++k) w[k] = weight + live[i + std::min(k, n - 1)] * d;
+      gathered_dot<kLiveGroup>(wide, w, d, result);
+      for (int64_t k = 0; k < n; ++k)
+        out[live[i + k]] = static_cast<T>(bias ? result[k] + static_cast<float>(bias[live[i + k]]) : result[k]);
+    }
+  });
+}
+
 // A buffer of the calling thread that lives from call to call.
 template <typename T, int Which>
 T* buffer(int64_t size) {
@@ -317,15 +395,20 @@ void check_threshold(const Tensor& threshold, int64_t d) {
 }
 
 Tensor masked_linear(const Tensor& z, const Tensor& threshold, const Tensor& weight_t,
-                     const std::optional<Tensor>& bias) {
+                     const std::optional<Tensor>& bias, at::IntArrayRef given) {
   check(z, weight_t, weight_t.size(0), weight_t.dim() == 2 ? weight_t.size(1) : 0, bias);
-  check_threshold(threshold, weight_t.size(0));
+  const int64_t whole = weight_t.size(1);
+  const at::IntArrayRef parts = given.empty() ? at::IntArrayRef(whole) : given;
+  int64_t columns = 0;
+  for (int64_t part : parts) columns += part;
+  TORCH_CHECK(columns == whole, "the parts have ", columns, " columns, the weight has ", whole);
+  check_threshold(threshold, weight_t.size(0) * static_cast<int64_t>(parts.size()));
   Tensor out;
   dispatch(z.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     out = by_chunks<T>(z, weight_t.size(1), [&](const T* in, int64_t rows, T* y) {
-      masked_rows<T>(in, rows, weight_t.size(0), threshold.const_data_ptr<float>(), weight_t.const_data_ptr<T>(),
-                     weight_t.size(1), data<T>(bias), y);
+      masked_parts<T>(in, rows, weight_t.size(0), threshold.const_data_ptr<float>(), weight_t.const_data_ptr<T>(), parts,
+                      data<T>(bias), y);
     });
   });
   return out;
@@ -345,7 +428,7 @@ Tensor rank_linear(const Tensor& x, const Tensor& basis, const Tensor& threshold
       T* z = buffer<T, 0>(rows * r);
       dense_rows<T>(in, rows, d, basis.const_data_ptr<T>(), r, nullptr, z);
       masked_rows<T>(z, rows, r, threshold.const_data_ptr<float>(), weight_t.const_data_ptr<T>(), weight_t.size(1),
-                     data<T>(bias), y);
+                     weight_t.size(1), data<T>(bias), y);
     });
   });
   return out;
@@ -356,7 +439,7 @@ Tensor gated_mlp(const Tensor& x, const Tensor& up_threshold, const Tensor& up_w
                  const std::optional<Tensor>& down_bias, c10::string_view activation) {
   const Activation act = activation_of(activation);
   check(x, up_weight_t, up_weight_t.size(0), up_weight_t.dim() == 2 ? up_weight_t.size(1) : 0, up_bias);
-  check_threshold(up_threshold, up_weight_t.size(0));
+  check_threshold(up_threshold, 2 * up_weight_t.size(0));
   const int64_t d = up_weight_t.size(0), h = down_weight_t.size(0);
   TORCH_CHECK(up_weight_t.size(1) == 2 * h, "the first weight must have ", 2 * h, " columns, gate and up, got ",
               up_weight_t.size(1));
@@ -368,11 +451,38 @@ Tensor gated_mlp(const Tensor& x, const Tensor& up_threshold, const Tensor& up_w
     out = by_chunks<T>(x, down_weight_t.size(1), [&](const T* in, int64_t rows, T* y) {
       T* wide = buffer<T, 0>(rows * 2 * h);
       T* hidden = buffer<T, 1>(rows * h);
-      masked_rows<T>(in, rows, d, up_threshold.const_data_ptr<float>(), up_weight_t.const_data_ptr<T>(), 2 * h,
-                     data<T>(up_bias), wide);
+      masked_parts<T>(in, rows, d, up_threshold.const_data_ptr<float>(), up_weight_t.const_data_ptr<T>(), {h, h},
+                      data<T>(up_bias), wide);
       gate(act, wide, rows, h, hidden);
       masked_rows<T>(hidden, rows, h, down_threshold.const_data_ptr<float>(), down_weight_t.const_data_ptr<T>(),
-                     down_weight_t.size(1), data<T>(down_bias), y);
+                     down_weight_t.size(1), down_weight_t.size(1), data<T>(down_bias), y);
+    });
+  });
+  return out;
+}
+
+Tensor gated_up(const Tensor& x, const Tensor& threshold, const Tensor& gate_weight_t, const Tensor& gate_threshold,
+                const Tensor& up_weight, const std::optional<Tensor>& bias, c10::string_view activation) {
+  const Activation act = activation_of(activation);
+  check(x, up_weight, up_weight.dim() == 2 ? up_weight.size(1) : 0, 2 * up_weight.size(0), bias);
+  const int64_t d = up_weight.size(1), h = up_weight.size(0);
+  check(x, gate_weight_t, gate_weight_t.size(0), h, std::nullopt);
+  TORCH_CHECK(gate_weight_t.dim() == 2 && gate_weight_t.size(0) == d && gate_weight_t.size(1) == h,
+              "the gate's weight must be [", d, ", ", h, "], the transpose of up's shape");
+  check_threshold(threshold, d);
+  check_threshold(gate_threshold, h);
+  Tensor out;
+  dispatch(x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    out = by_chunks<T>(x, 2 * h, [&](const T* in, int64_t rows, T* y) {
+      const T* shift = data<T>(bias);
+      for (int64_t r = 0; r < rows; ++r) {  // each row has a list of live outputs of its own
+        T* row = y + r * 2 * h;
+        masked_rows<T>(in + r * d, 1, d, threshold.const_data_ptr<float>(), gate_weight_t.const_data_ptr<T>(), h, h, shift,
+                       row);
+        live_rows<T>(in + r * d, d, act, row, gate_threshold.const_data_ptr<float>(), up_weight.const_data_ptr<T>(), h,
+                     shift ? shift + h : nullptr, row + h);
+      }
     });
   });
   return out;
@@ -385,4 +495,5 @@ TORCH_LIBRARY_IMPL(rana, CPU, m) {
   m.impl("masked_linear", masked_linear);
   m.impl("rank_linear", rank_linear);
   m.impl("gated_mlp", gated_mlp);
+  m.impl("gated_up", gated_up);
 }

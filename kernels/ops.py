@@ -5,6 +5,7 @@ form in ``reference.py``, its schema here, and an implementation per device.
 """
 
 import threading
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 
@@ -16,11 +17,15 @@ from rana_compile.types import RanaError
 
 LIBRARY = torch.library.Library("rana", "DEF")
 LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-LIBRARY.define("masked_linear(Tensor z, Tensor threshold, Tensor weight_t, Tensor? bias) -> Tensor")
+LIBRARY.define("masked_linear(Tensor z, Tensor threshold, Tensor weight_t, Tensor? bias, int[] parts=[]) -> Tensor")
 LIBRARY.define("rank_linear(Tensor x, Tensor basis, Tensor threshold, Tensor weight_t, Tensor? bias) -> Tensor")
 LIBRARY.define(
     "gated_mlp(Tensor x, Tensor up_threshold, Tensor up_weight_t, Tensor? up_bias, Tensor down_threshold, "
     "Tensor down_weight_t, Tensor? down_bias, str activation) -> Tensor"
+)
+LIBRARY.define(
+    "gated_up(Tensor x, Tensor threshold, Tensor gate_weight_t, Tensor gate_threshold, Tensor up_weight, "
+    "Tensor? bias, str activation) -> Tensor"
 )
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})  # what the kernels take
@@ -34,7 +39,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.library.register_fake("rana::masked_linear", lib=LIBRARY)
-def _(z: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
+def _(z: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None, parts: Sequence[int] = ()) -> Tensor:
     return z.new_empty((*z.shape[:-1], weight_t.shape[1]))
 
 
@@ -56,6 +61,20 @@ def _(
 ) -> Tensor:
     check_activation(activation)
     return x.new_empty((*x.shape[:-1], down_weight_t.shape[1]))
+
+
+@torch.library.register_fake("rana::gated_up", lib=LIBRARY)
+def _(
+    x: Tensor,
+    threshold: Tensor,
+    gate_weight_t: Tensor,
+    gate_threshold: Tensor,
+    up_weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    check_activation(activation)
+    return x.new_empty((*x.shape[:-1], 2 * up_weight.shape[0]))
 
 
 def is_supported(device_type: str) -> bool:

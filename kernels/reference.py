@@ -11,7 +11,7 @@ keeps a coordinate always; NaN is kept, so that a broken input stays visible.
 Products accumulate in float32 (float64 for float64 inputs); results have the dtype of the input.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +43,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _product(x, weight.t(), bias)
 
 
-def masked_linear(z: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Masked product: z [..., d], threshold [d], weight_t [d, d_out] -> [..., d_out]."""
-    return _product(apply_threshold(z, threshold), weight_t, bias)
+def masked_linear(
+    z: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None = None, parts: Sequence[int] = ()
+) -> Tensor:
+    """Masked product: z [..., d], threshold [d], weight_t [d, d_out] -> [..., d_out].
+
+    With ``parts``, which sum to d_out, the columns of each part have a mask of their own: threshold [len(parts), d].
+    """
+    if not parts:
+        return _product(apply_threshold(z, threshold), weight_t, bias)
+    columns = weight_t.split(list(parts), dim=1)
+    biases = [None] * len(parts) if bias is None else bias.split(list(parts))
+    each = zip(threshold, columns, biases, strict=True)
+    return torch.cat([_product(apply_threshold(z, t), w, b) for t, w, b in each], dim=-1)
 
 
 def rank_linear(x: Tensor, basis: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -65,10 +75,34 @@ def gated_mlp(
 ) -> Tensor:
     """Both products of a gated MLP masked: x [..., d_in], up_weight_t [d_in, 2h], down_weight_t [h, d_out].
 
-    The first h columns of ``up_weight_t`` are the gate's, the others the up projection's.
+    The first h columns of ``up_weight_t`` are the gate's, the others the up projection's; so are the two rows of
+    ``up_threshold`` [2, d_in].
     """
-    hidden = gated(masked_linear(x, up_threshold, up_weight_t, up_bias), activation)
+    h = down_weight_t.shape[0]
+    hidden = gated(masked_linear(x, up_threshold, up_weight_t, up_bias, (h, h)), activation)
     return masked_linear(hidden, down_threshold, down_weight_t, down_bias)
+
+
+def gated_up(
+    x: Tensor,
+    threshold: Tensor,
+    gate_weight_t: Tensor,
+    gate_threshold: Tensor,
+    up_weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Rows of ``up`` only where the activated gate survives: x [..., d_in] -> gate, then up [..., 2h].
+
+    threshold [1, d_in], gate_weight_t [d_in, h], gate_threshold [h], up_weight [h, d_in], bias [2h]; up is zero
+    where ``abs(act(gate))`` is below its threshold.
+    """
+    check_activation(activation)
+    biases = (None, None) if bias is None else bias.chunk(2)
+    gate = masked_linear(x, threshold[0], gate_weight_t, biases[0])
+    dead = ACTIVATIONS[activation](gate).abs() < gate_threshold
+    up = linear(x, up_weight, biases[1])
+    return torch.cat([gate, torch.where(dead, torch.zeros((), dtype=up.dtype, device=up.device), up)], dim=-1)
 
 
 def gated(y: Tensor, activation: str) -> Tensor:

@@ -5,6 +5,7 @@ are, what is stored in a plan, and what must be derived from the model's own wei
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,13 +15,23 @@ from torch import Tensor
 from rana_compile.types import Site
 
 Tensors = dict[str, Tensor]
+Biases = Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One mask of an adapter: coordinate j of a token is live unless ``abs(z_j) < threshold_j``."""
+
+    z: Tensor  # [..., n]
+    threshold: Tensor  # [n]
 
 
 class Family(Protocol):
     """How one kind of adapter computes, stores and costs. Stateless.
 
     ``weights`` are the site's parameters [d_out_i, d_in], ``biases`` the matching biases or None,
-    ``tensors`` what the plan stores plus what ``derive`` gives.
+    ``tensors`` what the plan stores plus what ``derive`` gives. An adapter has one or more masks, in the order
+    in which they are computed.
     """
 
     name: str
@@ -29,22 +40,34 @@ class Family(Protocol):
     def derive(self, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
         """Tensors that follow from the weights, differentiable in them; folded for inference."""
 
-    def coordinates(self, x: Tensor, tensors: Tensors) -> Tensor:
-        """The numbers that are masked: x [..., d_in] -> z [..., d_basis]."""
+    def mask(self, index: int, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, t: Tensors) -> Mask:
+        """The mask of this index for x [..., d_in]."""
+
+    def scaled(self, tensors: Tensors, index: int, factor: float) -> Tensors:
+        """The tensors with the thresholds of one mask multiplied."""
 
     def forward(
-        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], tensors: Tensors
+        self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors
     ) -> tuple[Tensor, ...]:
         """Masked dense form in plain torch: one output [..., d_out_i] per weight. Differentiable; any row count."""
 
-    def pack(self, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
+    def pack(self, site: Site, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
         """Contiguous layouts, in the weights' dtype, for ``decode``."""
 
-    def decode(self, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
+    def decode(self, site: Site, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
         """The same through the masked kernels, for few rows: x [..., d_in] -> [..., d_out] (stacked)."""
 
-    def flops(self, site: Site, live: float, tensors: Tensors) -> float:
-        """FLOPs per token when ``live`` coordinates survive on average."""
+    def fixed_flops(self, site: Site, tensors: Tensors) -> float:
+        """FLOPs per token whatever the masks say."""
+
+    def mask_flops(self, site: Site) -> tuple[float, ...]:
+        """FLOPs per live coordinate of each mask."""
+
+
+def adapter_flops(family: Family, site: Site, live: Sequence[float], tensors: Tensors) -> float:
+    """FLOPs per token when ``live[i]`` coordinates of mask i survive on average."""
+    masked = sum(n * each for n, each in zip(live, family.mask_flops(site), strict=True))
+    return family.fixed_flops(site, tensors) + masked
 
 
 def stack(parts: Sequence[Tensor]) -> Tensor:
@@ -52,9 +75,7 @@ def stack(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=0)
 
 
-def split_linear(
-    z: Tensor, weight: Tensor, biases: Sequence[Tensor | None], d_outs: Sequence[int]
-) -> tuple[Tensor, ...]:
+def split_linear(z: Tensor, weight: Tensor, biases: Biases, d_outs: Sequence[int]) -> tuple[Tensor, ...]:
     """One product with a stacked weight [d_out, d], split into the parts' outputs."""
     parts = F.linear(z, weight).split(list(d_outs), dim=-1)
     return tuple(part if b is None else part + b for part, b in zip(parts, biases, strict=True))

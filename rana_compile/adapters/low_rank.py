@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rana_compile.adapters.base import Tensors, split_linear
+from rana_compile.adapters.base import Biases, Tensors, split_linear
 from rana_compile.adapters.rank import Rank
+from rana_compile.flops import masked_flops
 from rana_compile.types import Site
 
 
@@ -15,18 +17,21 @@ class LowRank(Rank):
     stored: tuple[str, ...] = ("output_basis",)
 
     def forward(
-        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], tensors: Tensors
+        self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors
     ) -> tuple[Tensor, ...]:
-        z = self.coordinates(x, tensors)
-        return split_linear(z, tensors["output_basis"].to(z.dtype), biases, [w.shape[0] for w in weights])
+        z = F.linear(x, tensors["basis"])
+        return split_linear(z, tensors["output_basis"].to(z.dtype), biases, site.d_outs)
 
-    def pack(self, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
+    def pack(self, site: Site, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
         basis = self.derive(weights, tensors)["basis"].contiguous()
         return {"basis": basis, "weight": tensors["output_basis"].to(basis.dtype).contiguous()}
 
-    def decode(self, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
+    def decode(self, site: Site, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
         z = torch.ops.rana.linear(x, packed["basis"], None)
         return torch.ops.rana.linear(z, packed["weight"], bias)
 
-    def flops(self, site: Site, live: float, tensors: Tensors) -> float:
-        return super().flops(site, tensors["output_basis"].shape[1], tensors)
+    def fixed_flops(self, site: Site, tensors: Tensors) -> float:
+        return masked_flops(tensors["output_basis"].shape[1], site.d_in + site.d_out)
+
+    def mask_flops(self, site: Site) -> tuple[float, ...]:
+        return ()

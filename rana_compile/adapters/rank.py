@@ -7,9 +7,10 @@ model's own weights, and ``threshold`` [r] (float32) is compared with ``abs(z_j)
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rana_compile.adapters.base import Tensors, split_linear, stack
+from rana_compile.adapters.base import Biases, Mask, Tensors, split_linear, stack
 from rana_compile.flops import masked_flops
 from rana_compile.kernels.reference import apply_threshold
 from rana_compile.types import Site
@@ -24,16 +25,19 @@ class Rank:
         basis = tensors["output_basis"].t().float() @ weight.float()  # [r, d_in]
         return {"basis": basis.to(weight.dtype)}
 
-    def coordinates(self, x: Tensor, tensors: Tensors) -> Tensor:
-        return torch.nn.functional.linear(x, tensors["basis"])
+    def mask(self, index: int, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, t: Tensors) -> Mask:
+        return Mask(F.linear(x, t["basis"]), t["threshold"])
+
+    def scaled(self, tensors: Tensors, index: int, factor: float) -> Tensors:
+        return tensors | {"threshold": tensors["threshold"] * factor}
 
     def forward(
-        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], tensors: Tensors
+        self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors
     ) -> tuple[Tensor, ...]:
-        z = apply_threshold(self.coordinates(x, tensors), tensors["threshold"])
-        return split_linear(z, tensors["output_basis"].to(z.dtype), biases, [w.shape[0] for w in weights])
+        z = apply_threshold(F.linear(x, tensors["basis"]), tensors["threshold"])
+        return split_linear(z, tensors["output_basis"].to(z.dtype), biases, site.d_outs)
 
-    def pack(self, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
+    def pack(self, site: Site, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
         dtype = weights[0].dtype
         return {
             "basis": self.derive(weights, tensors)["basis"].contiguous(),
@@ -41,8 +45,11 @@ class Rank:
             "weight_t": tensors["output_basis"].to(dtype).t().contiguous(),  # [r, d_out]
         }
 
-    def decode(self, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
+    def decode(self, site: Site, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
         return torch.ops.rana.rank_linear(x, packed["basis"], packed["threshold"], packed["weight_t"], bias)
 
-    def flops(self, site: Site, live: float, tensors: Tensors) -> float:
-        return masked_flops(tensors["output_basis"].shape[1], site.d_in) + masked_flops(live, site.d_out)
+    def fixed_flops(self, site: Site, tensors: Tensors) -> float:
+        return masked_flops(tensors["output_basis"].shape[1], site.d_in)
+
+    def mask_flops(self, site: Site) -> tuple[float, ...]:
+        return (2.0 * site.d_out,)

@@ -1,0 +1,72 @@
+"""Gated adapter (CATS, arXiv 2404.08763): rows of ``up`` are computed only where the activated gate survives.
+
+    g = W_gate (m_in * x) + b;   a = act(g);   m_j = not (abs(a_j) < gate_threshold_j);   up_j = m_j · (W_up x + b)_j
+
+A dead row leaves a zero in the hidden vector, which ``down`` may skip too. The gate has a neuron adapter's mask:
+``threshold`` [1, d_in]; ``gate_threshold`` [h]; both float32. For sites of kind ``gate_up`` whose activation is known.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rana_compile.adapters.base import Biases, Mask, Tensors
+from rana_compile.adapters.neuron import scaled_row
+from rana_compile.kernels.reference import ACTIVATIONS, apply_threshold
+from rana_compile.types import Site
+
+
+class Gated:
+    name = "gated"
+    stored: tuple[str, ...] = ("threshold", "gate_threshold")
+
+    def derive(self, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
+        return {}
+
+    def mask(self, index: int, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, t: Tensors) -> Mask:
+        if index == 0:
+            return Mask(x, t["threshold"][0])
+        return Mask(self._activated(site, self._gate(x, weights, biases, t)), t["gate_threshold"])
+
+    def _gate(self, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors) -> Tensor:
+        return F.linear(apply_threshold(x, tensors["threshold"][0]), weights[0], biases[0])
+
+    def _activated(self, site: Site, gate: Tensor) -> Tensor:
+        assert site.activation is not None
+        return ACTIVATIONS[site.activation](gate)
+
+    def scaled(self, tensors: Tensors, index: int, factor: float) -> Tensors:
+        if index == 0:
+            return tensors | {"threshold": scaled_row(tensors["threshold"], 0, factor)}
+        return tensors | {"gate_threshold": tensors["gate_threshold"] * factor}
+
+    def forward(
+        self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors
+    ) -> tuple[Tensor, ...]:
+        gate = self._gate(x, weights, biases, tensors)
+        dead = self._activated(site, gate).abs() < tensors["gate_threshold"]
+        up = F.linear(x, weights[1], biases[1])
+        return gate, torch.where(dead, torch.zeros((), dtype=up.dtype, device=up.device), up)
+
+    def pack(self, site: Site, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
+        gate_t = weights[0].t().contiguous()  # [d_in, h]
+        return {k: tensors[k] for k in self.stored} | {"gate_weight_t": gate_t, "up_weight": weights[1].contiguous()}
+
+    def decode(self, site: Site, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
+        return torch.ops.rana.gated_up(
+            x,
+            packed["threshold"],
+            packed["gate_weight_t"],
+            packed["gate_threshold"],
+            packed["up_weight"],
+            bias,
+            site.activation,
+        )
+
+    def fixed_flops(self, site: Site, tensors: Tensors) -> float:
+        return 0.0
+
+    def mask_flops(self, site: Site) -> tuple[float, ...]:
+        return 2.0 * site.d_outs[0], 2.0 * site.d_in
