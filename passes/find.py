@@ -6,7 +6,6 @@ add a pattern: one file in this folder and one line here.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import fx
@@ -14,7 +13,9 @@ from torch import fx
 from rana_compile.passes.linear import find_linears
 from rana_compile.passes.match import Block, Found, Linear, Match, Search, digraph_of
 from rana_compile.passes.mlp import find_mlps
-from rana_compile.passes.names import source_name, used_name
+from rana_compile.passes.names import module_name, source_name, used_name
+from rana_compile.passes.pointwise import readers
+from rana_compile.passes.products import products
 from rana_compile.passes.shared_input import find_shared_inputs
 from rana_compile.passes.sites import make_match
 from rana_compile.types import Site, SiteKind
@@ -23,7 +24,10 @@ PATTERNS = (find_mlps, find_shared_inputs, find_linears)
 
 
 def find_sites(
-    gm: fx.GraphModule, eligible: Callable[[str], str | None] = lambda name: None, separate_gates: bool = False
+    gm: fx.GraphModule,
+    eligible: Callable[[str], str | None] = lambda name: None,
+    separate_gates: bool = False,
+    min_features: int = 0,
 ) -> Found:
     """All sites of a torch-level graph as Dynamo hands it to a backend, in graph order.
 
@@ -31,11 +35,12 @@ def find_sites(
         gm: the graph; every node that holds a tensor carries ``meta["example_value"]``.
         eligible: given a weight's name, the reason to leave that linear alone, or None.
         separate_gates: gate and up as sites of their own, as the paper adapts them, not as one stack.
+        min_features: a linear with fewer inputs or outputs is left alone.
 
     Linears whose weight is not a parameter of the compiled module are reported as skipped.
     """
     search = Search(gm.graph, {}, digraph_of(gm.graph))
-    search.linears = _linears(search, eligible)
+    search.linears = _linears(search, eligible, min_features)
     matches: list[Match] = []
     blocks: list[Block] = []
     for pattern in PATTERNS:
@@ -47,6 +52,7 @@ def find_sites(
         matches = [part for match in matches for part in _separated(match)]
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     matches.sort(key=lambda m: order[m.linears[0].node])
+    _report_other_weights(search)
     return Found(tuple(matches), tuple(blocks), tuple(search.skipped))
 
 
@@ -57,28 +63,37 @@ def _separated(match: Match) -> list[Match]:
     return [make_match((lin,), kind, match.site.block) for lin, kind in zip(match.linears, kinds, strict=True)]
 
 
-def _linears(search: Search, eligible: Callable[[str], str | None]) -> dict[fx.Node, Linear]:
+def _linears(search: Search, eligible: Callable[[str], str | None], min_features: int = 0) -> dict[fx.Node, Linear]:
     linears = {}
-    for node in search.graph.find_nodes(op="call_function", target=torch._C._nn.linear):
-        x, weight, bias = _arguments(node)
-        if reason := _unusable(x, weight, bias):
-            search.skip(used_name(node, weight) or node.name, reason)
+    for p in products(search.graph):
+        if reason := _unusable(p.weight, p.bias):
+            search.skip(used_name(p.node, p.weight) or module_name(p.node) or p.node.name, reason)
             continue
-        name = used_name(node, weight)
+        name = used_name(p.node, p.weight)
         assert name is not None  # _unusable asked for a module's parameter
         if reason := eligible(name):
             search.skip(name, reason)
             continue
-        linears[node] = Linear(node, x, weight, bias, name)
+        linear = Linear(p.node, p.x, p.weight, p.bias, name, p.transposed)
+        if min(linear.d_in, linear.d_out) < min_features:
+            search.skip(name, f"maps {linear.d_in} to {linear.d_out} features, fewer than min_features={min_features}")
+            continue
+        linears[p.node] = linear
     return linears
 
 
-def _arguments(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-    values: dict[str, Any] = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
-    return values["input"], values["weight"], values.get("bias")
+def _report_other_weights(search: Search) -> None:
+    """Weights that something other than a linear multiplies with: convolutions, grouped experts."""
+    used = {p.weight for p in products(search.graph)}
+    for node in search.graph.find_nodes(op="placeholder"):
+        value, name = node.meta.get("example_value"), source_name(node)
+        if not isinstance(value, torch.nn.Parameter) or value.dim() < 2 or node in used or name is None:
+            continue
+        if found := readers(node):
+            search.skip(name, f"read by {', '.join(sorted(found))}; only linears are adapted")
 
 
-def _unusable(x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> str | None:
+def _unusable(weight: fx.Node, bias: fx.Node | None) -> str | None:
     if weight.op != "placeholder" or source_name(weight) is None:
         return "its weight is computed in the graph, not a parameter of the module"
     if bias is not None and bias.op != "placeholder":

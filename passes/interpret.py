@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch._dynamo.pgo import get_code_state
 from torch._guards import TracingContext
 
+from rana_compile.passes.expand import expand
 from rana_compile.passes.find import find_sites
 from rana_compile.passes.match import Found, Match
 from rana_compile.types import RanaError, Site
@@ -28,6 +29,9 @@ class SiteInterpreter(fx.Interpreter):
         self._matches = {lin.node: (match, i) for match in matches for i, lin in enumerate(match.linears)}
         self._outputs: dict[int, Sequence[Tensor]] = {}
         self._handler = handler
+        kept = {lin.weight for match in matches for lin in match.linears}  # also where the graph reads a view of it
+        for forgotten in self.user_to_last_uses.values():
+            forgotten[:] = [node for node in forgotten if node not in kept]
 
     def run_node(self, n: fx.Node) -> Any:
         if n not in self._matches:
@@ -36,22 +40,27 @@ class SiteInterpreter(fx.Interpreter):
         if id(match) not in self._outputs:
             weights = [self.env[lin.weight] for lin in match.linears]
             biases = [None if lin.bias is None else self.env[lin.bias] for lin in match.linears]
-            self._outputs[id(match)] = self._handler(match.site, self.env[match.x], weights, biases)
+            oriented = match.site.oriented(weights)
+            self._outputs[id(match)] = self._handler(match.site, self.env[match.x], oriented, biases)
         return self._outputs[id(match)][index]
 
 
 class Capture:
     """A backend for ``torch.compile`` that keeps what it finds and runs the graph through ``handler``."""
 
-    def __init__(self, eligible: Callable[[str], str | None], separate_gates: bool) -> None:
+    def __init__(
+        self, eligible: Callable[[str], str | None], separate_gates: bool = False, min_features: int = 0
+    ) -> None:
         self.handler: Handler | None = None
         self.found: list[Found] = []
         self.codes: set[CodeType] = set()
         self._eligible = eligible
         self._separate_gates = separate_gates
+        self._min_features = min_features
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found = find_sites(gm, self._eligible, self._separate_gates)
+        gm = expand(gm)
+        found = find_sites(gm, self._eligible, self._separate_gates, self._min_features)
         self.found.append(found)
         context = TracingContext.try_get()
         self.codes.update(getattr(context, "traced_code", None) or ())
@@ -68,12 +77,13 @@ def capturing(
     model: torch.nn.Module,
     eligible: Callable[[str], str | None] = lambda name: None,
     separate_gates: bool = False,
+    min_features: int = 0,
 ) -> Iterator[tuple[Callable[..., Any], Capture]]:
     """Yields (the model as a callable whose graphs run through ``capture.handler``, the capture).
 
     Afterwards Dynamo forgets these graphs, so that nothing stays alive and later compilations start clean.
     """
-    capture = Capture(eligible, separate_gates)
+    capture = Capture(eligible, separate_gates, min_features)
     limits = torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024)
     with limits, torch.enable_grad():  # one gradient mode for all passes: tracing takes longer than running
         try:

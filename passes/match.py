@@ -17,21 +17,22 @@ _IN_PLACE = {"iadd", "isub", "imul", "itruediv", "setitem"}
 
 @dataclass(frozen=True)
 class Linear:
-    """One ``torch._C._nn.linear`` node: y = x Wᵀ + b, W [d_out, d_in]."""
+    """One node that computes y = x Wᵀ + b, W [d_out, d_in]; ``transposed``: the parameter holds Wᵀ."""
 
     node: fx.Node
     x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
     weight_name: str
+    transposed: bool = False
 
     @property
     def d_out(self) -> int:
-        return int(shape(self.weight)[0])
+        return int(shape(self.weight)[1 if self.transposed else 0])
 
     @property
     def d_in(self) -> int:
-        return int(shape(self.weight)[1])
+        return int(shape(self.weight)[0 if self.transposed else 1])
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,8 @@ def _gate_first(inputs: list[Linear], product: fx.Node) -> tuple[Linear, ...]:
 def _near_miss(search: Search, mlp: _Candidate) -> str | None:
     if len({lin.x for lin in mlp.inputs}) > 1:
         return "gate and up do not share their input"
+    if len({lin.transposed for lin in mlp.inputs}) > 1:
+        return "gate and up are stored in different orientations"
     if len({lin.d_out for lin in mlp.inputs}) > 1 or mlp.inputs[0].d_out != mlp.down.d_in:
         return "the shapes of its linears differ"
     nodes = {mlp.down.node, *mlp.region, *(lin.node for lin in mlp.inputs)}

@@ -8,7 +8,7 @@ name a reader expects (``lm_head.weight``).
 
 import re
 
-from torch import fx
+from torch import fx, nn
 
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
 _PATH = re.compile(r"^[LG]\['[^']+'\]\.?")
@@ -22,12 +22,23 @@ def source_name(placeholder: fx.Node) -> str | None:
 
 
 def used_name(user: fx.Node, placeholder: fx.Node) -> str | None:
-    """The same, but under the name of the module that computes ``user`` where that module holds the tensor."""
+    """The same, but for a tied weight under the name of the linear that uses it."""
     source = source_name(placeholder)
-    stack = user.meta.get("nn_module_stack")
-    if source is None or not stack:
+    path = module_name(user)
+    if source is None or not path or not _is_linear(user):
         return source
+    return f"{path}.{source.rpartition('.')[2]}"
+
+
+def _is_linear(node: fx.Node) -> bool:
+    _, kind = list(node.meta["nn_module_stack"].values())[-1]
+    return isinstance(kind, type) and issubclass(kind, nn.Linear)
+
+
+def module_name(node: fx.Node) -> str | None:
+    """The dotted name of the module that computes a node, or None outside of one."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
     path = _PATH.sub("", list(stack.values())[-1][0])
-    path = re.sub(r"_modules\['([^']+)'\]", r"\1", path)
-    leaf = source.rpartition(".")[2]
-    return f"{path}.{leaf}" if path else source
+    return re.sub(r"_modules\['([^']+)'\]", r"\1", path) or None

@@ -12,6 +12,8 @@ from torch import fx
 from rana_compile.passes.match import op_name, shape
 
 _DROPOUTS = {"dropout", "dropout_", "feature_dropout", "alpha_dropout"}
+_LOOKUPS = {"embedding", "embedding_bag", "index_select", "size", "interpolate"}
+_VIEWS = {"getattr", "getitem", "t", "transpose", "permute", "view", "reshape", "expand", "unsqueeze", "squeeze"}
 _ALIASES = {"to", "float", "half", "bfloat16", "type_as", "contiguous", "clone"}
 
 
@@ -29,6 +31,18 @@ def is_active_dropout(node: fx.Node) -> bool:
     training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
     probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
     return bool(training and probability != 0)
+
+
+def readers(weight: fx.Node) -> set[str]:
+    """Names of what computes with a weight, behind views of it; picking values from it does not count."""
+    names: set[str] = set()
+    for user in weight.users:
+        name = op_name(user)
+        if name in _VIEWS:
+            names |= readers(user)
+        elif name not in _LOOKUPS and user.op != "output" and not is_pointwise(user):
+            names.add(name)
+    return names
 
 
 def region_to(node: fx.Node, stops: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:

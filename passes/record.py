@@ -16,6 +16,13 @@ def dense(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None])
     return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
 
 
+def dense_handler(
+    site: Site, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """The handler that changes nothing."""
+    return dense(x, weights, biases)
+
+
 def flat_rows(x: Tensor) -> Tensor:
     """[..., d] -> [rows, d]."""
     return x.reshape(-1, x.shape[-1])
@@ -51,7 +58,8 @@ class Recorder:
         if self.basis_rows:
             rows = flat_rows(x).detach().float()
             total, seen = self._moments.get(site, (torch.zeros((), device=x.device), 0))
-            self._moments[site] = (total + rows.t() @ rows, seen + len(rows))
+            with torch.autocast(x.device.type, enabled=False):
+                self._moments[site] = (total + rows.t() @ rows, seen + len(rows))
         seed = self._seed + len(self.samples)
         if site not in self.samples:
             self.samples[site] = Sample(self._capacity(), seed)
@@ -92,7 +100,8 @@ class Adapted:
         family = FAMILIES[name]
         if site not in self._tensors:
             stored = {k: t.to(x.device) for k, t in stored.items()}
-            self._tensors[site] = stored | family.derive(weights, stored)
+            with torch.autocast(x.device.type, enabled=False):
+                self._tensors[site] = stored | family.derive(weights, stored)
         tensors = self._tensors[site]
         if "threshold" in tensors:
             z = flat_rows(family.coordinates(x, tensors)).abs()

@@ -140,7 +140,7 @@ def _emit(
     x = env[linears[0].x]
     if lowering.decode:
         return _emit_decode(graph, lowering, buffers, x, env)
-    weights = tuple(env[lin.weight] for lin in linears)
+    weights = tuple(_weight(graph, env, lin) for lin in linears)
     biases = tuple(None if lin.bias is None else env[lin.bias] for lin in linears)
     call = graph.call_function(_forward(lowering.family, len(lowering.buffers)), (x, weights, biases, dict(buffers)))
     return [graph.call_function(operator.getitem, (call, i)) for i in range(len(linears))]
@@ -168,7 +168,7 @@ def _emit_decode(
 ) -> list[fx.Node]:
     linears = lowering.match.linears
     if lowering.family == "dense":
-        return [graph.call_function(_dense_decode, (x, env[lin.weight], _bias(env, lin))) for lin in linears]
+        return [graph.call_function(_dense_decode, (x, _weight(graph, env, lin), _bias(env, lin))) for lin in linears]
     bias = _stacked_bias(graph, linears, env)
     call = graph.call_function(_decode(lowering.family), (x, dict(buffers), bias))
     if len(linears) == 1:
@@ -195,6 +195,12 @@ def rana_gated_mlp_decode(*args: Any) -> Tensor:
     return torch.ops.rana.gated_mlp(*args)
 
 
+def _weight(graph: fx.Graph, env: Mapping[fx.Node, fx.Node], linear: Linear) -> fx.Node:
+    """The node that holds W [d_out, d_in]."""
+    weight = env[linear.weight]
+    return graph.call_function(torch.t, (weight,)) if linear.transposed else weight
+
+
 def _bias(env: Mapping[fx.Node, fx.Node], linear: Linear) -> fx.Node | None:
     return None if linear.bias is None else env[linear.bias]
 
@@ -203,7 +209,7 @@ def _stacked_bias(graph: fx.Graph, linears: Sequence[Linear], env: Mapping[fx.No
     biases = [_bias(env, lin) for lin in linears]
     if all(b is None for b in biases):
         return None
-    weights = [env[lin.weight] for lin in linears]
+    weights = [_weight(graph, env, lin) for lin in linears]
     return graph.call_function(stack_biases, (weights, biases))
 
 

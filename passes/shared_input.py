@@ -10,11 +10,11 @@ from rana_compile.passes.sites import make_match
 
 def find_shared_inputs(search: Search) -> list[Match]:
     """Stacks of two or more unclaimed linears with one input and distinct weights; claims them."""
-    by_input: dict[fx.Node, list[Linear]] = defaultdict(list)
+    by_input: dict[tuple[fx.Node, bool], list[Linear]] = defaultdict(list)
     for linear in search.free():
-        by_input[linear.x].append(linear)
+        by_input[linear.x, linear.transposed].append(linear)
     found = []
-    for x, stack in by_input.items():
+    for (x, _), stack in by_input.items():
         if len(stack) < 2:
             continue
         if is_mutated(x):

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from rana_compile.calibration import calibrate as calibrate
     from rana_compile.evaluation import adapted as adapted
     from rana_compile.evaluation import measure_cost as measure_cost
+    from rana_compile.explain import explain as explain
     from rana_compile.plan import Plan as Plan
+    from rana_compile.self_calibration import plan_of as plan_of
     from rana_compile.types import ConfigError as ConfigError
     from rana_compile.types import PlanError as PlanError
     from rana_compile.types import RanaError as RanaError
@@ -21,11 +23,23 @@ _WHERE = {
     "calibrate": "calibration",
     "measure_cost": "evaluation",
     "adapted": "evaluation",
+    "explain": "explain",
+    "plan_of": "self_calibration",
     "ConfigError": "types",
     "PlanError": "types",
     "RanaError": "types",
 }
-__all__ = ["ConfigError", "Plan", "PlanError", "RanaError", "adapted", "calibrate", "measure_cost"]
+__all__ = [
+    "ConfigError",
+    "Plan",
+    "PlanError",
+    "RanaError",
+    "adapted",
+    "calibrate",
+    "explain",
+    "measure_cost",
+    "plan_of",
+]
 __version__ = "0.1.0"
 
 

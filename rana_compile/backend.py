@@ -6,15 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.backends.registry import lookup_backend
 
 from rana_compile.binding import Bound, Stamp, bind, stamp
 from rana_compile.config import BackendOptions
 from rana_compile.kernels import ops
+from rana_compile.passes.expand import expand
 from rana_compile.passes.find import bind_sites
 from rana_compile.passes.fuse import fuse_gated_mlps
 from rana_compile.passes.match import Match
-from rana_compile.passes.rewrite import Lowering, rewrite
-from rana_compile.plan import Plan
+from rana_compile.passes.rewrite import Lowering, copy_dynamo_graph, rewrite
+from rana_compile.plan import Plan, SitePlan
+from rana_compile.self_calibration import profiled
+from rana_compile.types import parameter_filter
 
 log = logging.getLogger(__name__)
 
@@ -28,29 +32,40 @@ def rana(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """``torch.compile(model, backend="rana", options={"plan": plan})``; options: ``config.BackendOptions``.
+    """``torch.compile(model, backend="rana")``; options: ``config.BackendOptions``.
+
+    With a plan, graphs are adapted at once; without, the backend calibrates itself on the first calls' inputs
+    (``self_calibration``).
 
     Raises:
         ConfigError: an unknown or contradictory option.
         PlanError: the plan cannot be read or belongs to other weights.
     """
     parsed = BackendOptions.parse(options, mode)
-    plan = Plan.of(parsed.plan)
-    adapted, refresh = adapt_graph(gm, example_inputs, plan, parsed.prefill)
-    compiled = _inductor(adapted, example_inputs, parsed)
-    return _refreshing(compiled, refresh) if refresh else compiled
+    gm = expand(gm)
+
+    def compile_graph(inputs: Sequence[Any], plan: Plan | None) -> Callable[..., Any]:
+        if plan is None:
+            return _compile(copy_dynamo_graph(gm)[0], inputs, parsed)  # compilers change what they get
+        adapted, refresh = adapt_graph(gm, inputs, plan, parsed)
+        compiled = _compile(adapted, inputs, parsed)
+        return _refreshing(compiled, refresh) if refresh else compiled
+
+    if parsed.plan is None:
+        return profiled(gm, example_inputs, parsed, compile_graph)
+    return compile_graph(example_inputs, Plan.of(parsed.plan))
 
 
 Refresh = list[tuple[Bound, tuple[int, ...]]]  # a bound site and the positions of its weights among the inputs
 
 
 def adapt_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, prefill: str = "adapted"
+    gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, options: BackendOptions
 ) -> tuple[fx.GraphModule, Refresh]:
     """The graph with the plan's adapters, and what to check against its weights before each call."""
     position = {node: i for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
-    entries = {s.site.weights: s for s in plan.sites}
-    matches = bind_sites(gm, [s.site for s in plan.sites])
+    entries = {s.site.weights: s for s in _chosen(plan, options)}
+    matches = bind_sites(gm, [s.site for s in entries.values()])
     lowerings: list[Lowering] = []
     refresh: Refresh = []
     for match in matches:
@@ -58,14 +73,15 @@ def adapt_graph(
         places = tuple(position[lin.weight] for lin in match.linears)
         weights = [example_inputs[i] for i in places]
         training = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
-        decode = not training and _is_decode(match, weights)
+        autocast = torch.is_autocast_enabled(weights[0].device.type)
+        decode = not training and not autocast and is_decode(match, weights)
         if decode:
             ops.load(weights[0].device.type)
         if entry.family == "dense":
-            if decode:
+            if decode and not match.site.transposed:
                 lowerings.append(Lowering(match, "dense", True, {}))
             continue
-        if not decode and prefill == "dense" and match.rows != 1:
+        if not decode and options.prefill == "dense" and match.rows != 1:
             continue
         bound = bind(plan, entry, weights)
         if training:
@@ -75,10 +91,22 @@ def adapt_graph(
         lowerings.append(Lowering(match, entry.family, decode, buffers))
         refresh.append((bound, places))
     log.info("adapted %d of %d sites in a graph of %d nodes", len(refresh), len(matches), len(gm.graph.nodes))
-    return (rewrite(gm, fuse_gated_mlps(lowerings)) if lowerings else gm), refresh
+    return (rewrite(gm, fuse_gated_mlps(lowerings)) if lowerings else copy_dynamo_graph(gm)[0]), refresh
 
 
-def _is_decode(match: Match, weights: Sequence[Tensor]) -> bool:
+def _chosen(plan: Plan, options: BackendOptions) -> list[SitePlan]:
+    """The plan's sites that the options let through."""
+    sites = [s.site for s in plan.sites]
+    keep = parameter_filter(options.include, options.exclude, [name for site in sites for name in site.weights])
+    least = options.min_features or 0
+    return [
+        entry
+        for entry in plan.sites
+        if min(entry.site.d_in, *entry.site.d_outs) >= least and not any(map(keep, entry.site.weights))
+    ]
+
+
+def is_decode(match: Match, weights: Sequence[Tensor]) -> bool:
     """Whether the masked kernels take this site: few rows, fixed at compile time, one dtype, a device they know."""
     rows = match.rows
     dtypes = {match.x.meta["example_value"].dtype, *(w.dtype for w in weights)}
@@ -86,7 +114,10 @@ def _is_decode(match: Match, weights: Sequence[Tensor]) -> bool:
     return few and len(dtypes) == 1 and dtypes <= ops.DTYPES and ops.is_supported(weights[0].device.type)
 
 
-def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions) -> Callable[..., Any]:
+def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions) -> Callable[..., Any]:
+    if options.compiler != "inductor":
+        return lookup_backend(options.compiler)(gm, list(example_inputs))
+
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 

@@ -3,7 +3,8 @@
 Packed tensors are shared by all graphs of a model (prefill and decode, static and symbolic) and die with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,8 +13,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from rana_compile.adapters import FAMILIES, Tensors
 from rana_compile.plan import Plan, SitePlan
+from rana_compile.types import PlanError
 
 Stamp = tuple[tuple[int, int], ...]
+SAMPLE = 4096  # elements of each weight that are remembered
+REPLACED = 0.5  # relative change of them from which weights are others, not the same ones trained further
 
 
 def stamp(weights: Sequence[Tensor]) -> Stamp:
@@ -21,8 +25,20 @@ def stamp(weights: Sequence[Tensor]) -> Stamp:
     return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
 
 
+@contextmanager
+def plainly() -> Iterator[None]:
+    """No gradients, no autocast, no inference mode: what is made inside may be kept and used anywhere."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
+
+
 class Bound:
-    """One adapted site and its live weights.
+    """One adapted site and its live weights (as the model stores them).
 
     Attributes:
         folded: what the plan stores and what derives from the weights, for the masked dense form.
@@ -31,11 +47,13 @@ class Bound:
 
     def __init__(self, entry: SitePlan, weights: Sequence[Tensor]) -> None:
         self.entry = entry
+        self.device = weights[0].device
         self._family = FAMILIES[entry.family]
-        self._stored: Tensors = {k: t.to(weights[0].device) for k, t in entry.tensors.items()}
+        self._stored: Tensors = {k: t.to(self.device) for k, t in entry.tensors.items()}
         self._folded: Tensors | None = None
         self._packed: Tensors | None = None
         self._stamp = stamp(weights)
+        self._sample = _sample(weights)
 
     @property
     def stored(self) -> Tensors:
@@ -43,32 +61,44 @@ class Bound:
 
     def folded(self, weights: Sequence[Tensor]) -> Tensors:
         if self._folded is None:
-            with torch.no_grad():
-                self._folded = self._stored | self._family.derive(weights, self._stored)
+            with plainly():
+                self._folded = self._stored | self._derive(weights)
         return self._folded
 
     def packed(self, weights: Sequence[Tensor]) -> Tensors:
         if self._packed is None:
-            with torch.no_grad():
-                self._packed = self._family.pack(weights, self._stored)
+            with plainly():
+                self._packed = self._pack(weights)
         return self._packed
 
     def refresh(self, weights: Sequence[Tensor]) -> None:
         """Bring what was derived from the weights up to date, in place, if the weights have changed.
 
-        Raises PlanError if they are other tensors with other values.
+        Raises PlanError if they are others: other tensors with other values, or the same tensors overwritten with
+        values far from those the plan was fitted on. Training, which changes them little, is followed.
         """
         now = stamp(weights)
         if now == self._stamp:
             return
         if [place for place, _ in now] != [place for place, _ in self._stamp]:
             self.entry.check(weights)  # other tensors, not an update of these: a graph may serve two models
-        with torch.no_grad():
+        elif (change := _relative_change(self._sample, _sample(weights))) > REPLACED:
+            raise PlanError(
+                f"{self.entry.site.name}: its weights were overwritten since the plan was bound (they changed by "
+                f"{change:.0%}); calibrate again, or load the weights of the plan"
+            )
+        with plainly():
             if self._folded is not None:
-                _copy(self._folded, self._family.derive(weights, self._stored))
+                _copy(self._folded, self._derive(weights))
             if self._packed is not None:
-                _copy(self._packed, self._family.pack(weights, self._stored))
+                _copy(self._packed, self._pack(weights))
         self._stamp = now
+
+    def _derive(self, weights: Sequence[Tensor]) -> Tensors:
+        return self._family.derive(self.entry.site.oriented(weights), self._stored)
+
+    def _pack(self, weights: Sequence[Tensor]) -> Tensors:
+        return self._family.pack(self.entry.site.oriented(weights), self._stored)
 
 
 def _copy(old: Tensors, new: Tensors) -> None:
@@ -76,19 +106,37 @@ def _copy(old: Tensors, new: Tensors) -> None:
         old[name].copy_(tensor)
 
 
+def _sample(weights: Sequence[Tensor]) -> Tensor:
+    """A few elements of each weight, from all over it."""
+    with plainly():
+        parts = [w.detach().flatten()[:: max(1, w.numel() // SAMPLE)].float() for w in weights]
+        return torch.cat(parts)
+
+
+def _relative_change(old: Tensor, new: Tensor) -> float:
+    with plainly():
+        return float((new - old).norm() / old.norm().clamp_min(1e-30))
+
+
 _BOUND: WeakKeyDictionary[Plan, WeakTensorKeyDictionary] = WeakKeyDictionary()
 
 
 def bind(plan: Plan, entry: SitePlan, weights: Sequence[Tensor]) -> Bound:
-    """The bound site of these weights, made once per plan and model.
+    """The bound site of these weights, made once per plan and model, and anew when they move to another device.
 
     Raises:
         PlanError: shapes, dtype or values are not those the plan was fitted on.
     """
     by_weight = _BOUND.setdefault(plan, WeakTensorKeyDictionary())
-    bound: Bound | None = by_weight.get(weights[0])
-    if bound is None or bound.entry is not entry:
+    sites: dict[str, Bound] = by_weight.setdefault(weights[0], {})  # tied weights belong to several
+    bound = sites.get(entry.site.name)
+    if bound is None or bound.entry is not entry or bound.device != weights[0].device:
         entry.check(weights)
-        bound = by_weight[weights[0]] = Bound(entry, weights)
+        bound = sites[entry.site.name] = Bound(entry, weights)
     bound.refresh(weights)
     return bound
+
+
+def bound_plans(weights: Sequence[Tensor]) -> list[Plan]:
+    """Plans that are bound to any of these weights."""
+    return [plan for plan, by_weight in _BOUND.items() if any(w in by_weight for w in weights)]

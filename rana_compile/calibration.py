@@ -17,10 +17,10 @@ from rana_compile.data import Batch, as_batches, rows_of
 from rana_compile.fitting import Candidate, Evidence
 from rana_compile.flops import dense_flops, total_dense_flops
 from rana_compile.objective import divergence, main_output, summed_loss
-from rana_compile.passes.interpret import Capture, capturing, undisturbed
+from rana_compile.passes.interpret import Capture, Handler, capturing, undisturbed
 from rana_compile.passes.match import Found
 from rana_compile.passes.mlp import hidden_function
-from rana_compile.passes.record import Adapted, Recorder, dense
+from rana_compile.passes.record import Adapted, Recorder, dense_handler
 from rana_compile.plan import Plan, SitePlan, weight_hash
 from rana_compile.progress import Progress
 from rana_compile.recipes import RECIPES, Choice, Mlp
@@ -62,24 +62,71 @@ def calibrate(
         ConfigError: bad arguments or data, or a budget that cannot be reached.
         RanaError: nothing to adapt, or non-finite activations.
     """
-    _check_arguments(flops_budget, recipe)
+    check_arguments(flops_budget, recipe)
     keep = parameter_filter(include, exclude, [name for name, _ in model.named_parameters(remove_duplicate=False)])
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     data = as_batches(batches, device)
     _check_vocabulary(model, data)
-    held_back = data[3::4] or data[-1:]
-    fitting = [batch for i, batch in enumerate(data) if i % 4 != 3 and batch is not held_back[-1]]
+    fitting, held_back = split_held_back(data)
     steps = len(fitting) + len(data) + 2 * len(held_back)
     with (
         undisturbed(model),
         capturing(model, keep, recipe == "rana") as (run, capture),
         Progress(progress, steps) as bar,
     ):
-        session = _Session(model, run, capture, bar, seed)
+        session = _Session(dict(model.named_parameters(remove_duplicate=False)), run, capture, bar, seed)
         return session.fit(fitting, held_back, flops_budget, recipe)
 
 
-def _check_arguments(flops_budget: float, recipe: str) -> None:
+def fit_recorded(
+    parameters: Mapping[str, Tensor],
+    calls: Sequence[tuple[int, Any]],
+    replay: Callable[[Any, Handler], Any],
+    found: Found,
+    flops_budget: float,
+    recipe: str,
+    seed: int = 0,
+) -> tuple[Plan, list[Any]]:
+    """As ``calibrate``, on calls that were recorded instead of a model and batches; for the backend.
+
+    Args:
+        parameters: weights of all sites by name, as the model stores them.
+        calls: (rows, call) of each recorded call.
+        replay: runs a call with its sites in a handler's hands and returns what the model would.
+        found: the sites, the MLPs they belong to, and what was skipped.
+
+    Returns:
+        (the plan, the calls that were held back from the fit). Raises RanaError as ``calibrate`` does.
+    """
+    capture = _Recorded(found)
+    batches: list[Batch] = [{"rows": torch.empty(1, rows, device="meta"), "call": call} for rows, call in calls]
+    fitting, held_back = split_held_back(batches)
+    with Progress(False, 1) as bar:
+        session = _Session(parameters, lambda rows, call: replay(call, capture.current), capture, bar, seed)
+        plan = session.fit(fitting, held_back, flops_budget, recipe)
+    return plan, [batch["call"] for batch in held_back]
+
+
+class _Recorded:
+    """What ``_Session`` needs of a capture, where the graphs were found before."""
+
+    def __init__(self, found: Found) -> None:
+        self.handler: Handler | None = None
+        self.found = [found]
+
+    @property
+    def current(self) -> Handler:
+        assert self.handler is not None
+        return self.handler
+
+
+def split_held_back(data: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """(batches to fit on, batches held back): every fourth, or the last of fewer."""
+    held_back = list(data[3::4]) or [data[-1]]
+    return [batch for i, batch in enumerate(data) if i % 4 != 3 and batch is not held_back[-1]], held_back
+
+
+def check_arguments(flops_budget: float, recipe: str) -> None:
     if recipe not in RECIPES:
         raise ConfigError(f"unknown recipe {recipe!r}; known recipes: {', '.join(RECIPES)}")
     if not isinstance(flops_budget, int | float) or not 0 < flops_budget <= 1:
@@ -103,9 +150,14 @@ class _Session:
     """One calibration: what the stages share. Lives only inside ``calibrate``."""
 
     def __init__(
-        self, model: torch.nn.Module, run: Callable[..., Any], capture: Capture, bar: Progress, seed: int
+        self,
+        parameters: Mapping[str, Tensor],
+        run: Callable[..., Any],
+        capture: "Capture | _Recorded",
+        bar: Progress,
+        seed: int,
     ) -> None:
-        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.parameters = parameters
         self.run, self.capture, self.bar, self.seed = run, capture, bar, seed
         self.tokens = 0
 
@@ -158,7 +210,8 @@ class _Session:
         return max(64, min(rows, MAX_SAMPLE_ROWS, SAMPLE_BYTES // max(per_row, 1)))
 
     def _evidence(self, site: Site, sample: Sample, recorder: Recorder) -> Evidence:
-        weight = torch.cat([self.parameters[name].detach().float().cpu() for name in site.weights])
+        weights = site.oriented([self.parameters[name] for name in site.weights])
+        weight = torch.cat([w.detach().float().cpu() for w in weights])
         n = sample.rows
         assert sample.x is not None
         u = None if sample.u is None else sample.u[:n].float()
@@ -190,7 +243,7 @@ class _Session:
         for batch in batches:
             self.bar.say("measuring on held-back batches")
             outputs = []
-            for handler in (_dense_handler, adapted):
+            for handler in (dense_handler, adapted):
                 self.capture.handler = handler
                 outputs.append(main_output(self.run(**batch)))
                 self.bar.step()
@@ -222,12 +275,6 @@ class _Session:
         model_flops = float(total_dense_flops(choice) + extra)
         skipped: tuple[Skipped, ...] = tuple(dict.fromkeys(s for f in self.capture.found for s in f.skipped))
         return Plan(tuple(sites), skipped, budget, model_flops, info)
-
-
-def _dense_handler(
-    site: Site, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
-    return dense(x, weights, biases)
 
 
 def _adapters(choice: Choice) -> dict[Site, tuple[str, Tensors]]:

@@ -1,12 +1,13 @@
 """Options a user may pass, checked once: an unknown or contradictory one is an error that names the known ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from rana_compile.types import ConfigError
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+Patterns = str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -14,17 +15,37 @@ class BackendOptions:
     """Options of ``torch.compile(model, backend="rana", options={...})``.
 
     Attributes:
-        plan: a ``Plan`` or the path of a saved one. Required.
+        plan: a ``Plan`` or the path of a saved one. None: the backend calibrates itself on the first calls' inputs.
         prefill: ``"adapted"`` computes every token with its masks, so that a forward pass over text
             measures what decode computes; ``"dense"`` leaves graphs of more than one row dense.
+        include, exclude: glob patterns over parameter names, as ``calibrate`` takes them.
+        min_features: a linear with fewer inputs or outputs stays dense (a mixture's router, a small classifier). By
+            default 32 where the backend calibrates itself, and 0 with a plan, which chose its sites already.
         mode: passed on to Inductor (``"default"``, ``"reduce-overhead"``, ``"max-autotune"``, ...).
         inductor: further Inductor options, as ``torch.compile(options=...)`` would take them.
+        compiler: the backend that compiles the rewritten graph; ``"aot_eager"`` or ``"eager"`` to look for an error.
+        free_dense_weights: give back the memory of weights that adapters have copied. For inference only, and only a
+            fresh load of the model brings them back. Needs ``prefill="adapted"`` and a plan.
+        flops_budget, recipe: without a plan, as ``calibrate`` takes them.
+        calibration_tokens: without a plan, tokens to see before the fit.
+        max_divergence: without a plan, the most that the adapted outputs may diverge from the dense ones on inputs
+            held back from the fit: mean KL divergence in nats where the model ends in a linear (logits), else relative
+            error. Above it the model stays dense.
     """
 
-    plan: Any
+    plan: Any = None
     prefill: Literal["adapted", "dense"] = "adapted"
+    include: Patterns = None
+    exclude: Patterns = None
+    min_features: int | None = None
     mode: str | None = None
     inductor: Mapping[str, Any] | None = None
+    compiler: str = "inductor"
+    free_dense_weights: bool = False
+    flops_budget: float = 0.7
+    recipe: str = "auto"
+    calibration_tokens: int = 8192
+    max_divergence: float = 0.3
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> "BackendOptions":
@@ -33,16 +54,16 @@ class BackendOptions:
         known = [f.name for f in fields(cls)]
         if unknown := sorted(set(given) - set(known)):
             raise ConfigError(f"unknown option {', '.join(map(repr, unknown))}; known options: {', '.join(known)}")
-        if given.get("plan") is None:
-            raise ConfigError(
-                'backend "rana" needs options={"plan": plan}: a Plan from rana_compile.calibrate(model, batches) '
-                "or the path of a saved one"
-            )
         if mode is not None and given.get("mode") not in (None, mode):
             raise ConfigError(f"mode={mode!r} contradicts options['mode']={given['mode']!r}; give one of them")
         given["mode"] = given.get("mode") or mode
         parsed = cls(**given)
         parsed._check()
+        if parsed.plan is not None and (fitting := sorted(set(given) & _FITTING)):
+            raise ConfigError(
+                f"option {', '.join(map(repr, fitting))} is for calibration without a plan, and a plan is given; "
+                "leave one of them out"
+            )
         return parsed
 
     def _check(self) -> None:
@@ -52,3 +73,13 @@ class BackendOptions:
             raise ConfigError(f"option 'prefill' is {self.prefill!r}; expected 'adapted' or 'dense'")
         if self.inductor is not None and not isinstance(self.inductor, Mapping):
             raise ConfigError(f"option 'inductor' is a {type(self.inductor).__name__}; expected a dict")
+        if self.free_dense_weights and (self.plan is None or self.prefill == "dense"):
+            raise ConfigError("option 'free_dense_weights' needs a plan and prefill='adapted': nothing else reads them")
+        for name, least in {"min_features": 0, "calibration_tokens": 1, "max_divergence": 0}.items():
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and value >= least
+            if not number and not (name == "min_features" and value is None):
+                raise ConfigError(f"option {name!r} is {value!r}; expected a number of at least {least}")
+
+
+_FITTING = {"flops_budget", "recipe", "calibration_tokens", "max_divergence"}  # they shape a plan

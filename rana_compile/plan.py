@@ -47,7 +47,7 @@ class SitePlan:
 
     def check(self, weights: Sequence[Tensor]) -> None:
         """Raises PlanError unless these are the weights that the site was fitted on, in the same dtype."""
-        expected = [(d_out, self.site.d_in) for d_out in self.site.d_outs]
+        expected = [(d_out, self.site.d_in)[:: -1 if self.site.transposed else 1] for d_out in self.site.d_outs]
         found = [tuple(w.shape) for w in weights]
         if found != expected:
             raise PlanError(
@@ -194,7 +194,7 @@ def _from_document(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 def _site_plan(entry: Mapping[str, Any], index: int, tensors: Mapping[str, Tensor]) -> SitePlan:
     keys = ("name", "kind", "weights", "d_in", "d_outs", "block")
     fields: dict[str, Any] = {k: tuple(entry[k]) if isinstance(entry[k], list) else entry[k] for k in keys}
-    site = Site(**fields)
+    site = Site(**fields, transposed=entry.get("transposed", False))
     stored = FAMILIES[entry["family"]].stored if entry["family"] != "dense" else ()
     rest = {k: entry[k] for k in ("family", "live", "flops_kept", "error", "weight_hash")}
     return SitePlan(site=site, tensors={k: tensors[f"{index}.{k}"] for k in stored}, **rest)

@@ -1,29 +1,45 @@
 """What a reader sees of a plan: one table in the terminal, printed by ``str(plan)``."""
 
+from collections.abc import Iterable, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rana_compile.plan import Plan, SitePlan
+    from rana_compile.types import Skipped
 
 WIDTH = 120
 
 
 def plan_text(plan: "Plan") -> str:
     """The plan as a table per site, the totals, and what was skipped and why."""
+    columns = ("site", "family", "rank", "mean live", "FLOPs kept", "error")
+    title = f"rana_compile plan ({plan.info.get('recipe', '?')})"
+    return table_text(title, columns, ("site", "family"), map(_row, plan.sites), totals(plan), plan.skipped)
+
+
+def table_text(
+    title: str,
+    columns: Sequence[str],
+    left: Sequence[str],
+    rows: Iterable[tuple[str, ...]],
+    summary: str,
+    skipped: Sequence["Skipped"],
+) -> str:
+    """A table, a summary below it, and what was left alone and why."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"rana_compile plan ({plan.info.get('recipe', '?')})")
-    for column in ("site", "family", "rank", "mean live", "FLOPs kept", "error"):
-        table.add_column(column, justify="left" if column in ("site", "family") else "right", overflow="fold")
-    for site in plan.sites:
-        table.add_row(*_row(site))
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     console = Console(file=StringIO(), width=WIDTH)
     console.print(table)
-    console.print(totals(plan), soft_wrap=True)
-    for skipped in plan.skipped:
-        console.print(f"skipped {skipped.name}: {skipped.reason}", soft_wrap=True)
+    console.print(summary, soft_wrap=True)
+    for entry in skipped:
+        console.print(f"skipped {entry.name}: {entry.reason}", soft_wrap=True, markup=False)
     text = console.file
     assert isinstance(text, StringIO)
     return text.getvalue().rstrip()

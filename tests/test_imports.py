@@ -17,7 +17,9 @@ LAYERS = (
     {"adapters", "allocation", "statistics", "objective", "fitting", "recipes", "plan", "report", "binding"},
     {"passes"},
     {"calibration", "evaluation"},
+    {"self_calibration"},
     {"backend"},
+    {"explain", "testing"},
     {"cli"},
 )
 LAYER_OF = {module: i for i, layer in enumerate(LAYERS) for module in layer}

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support import graph_of, text_of, tiny_llama, tokens
+from support import graph_of, tiny_llama, tokens
 from torch import Tensor, nn
 
 from rana_compile.passes.find import bind_sites, find_sites
 from rana_compile.passes.match import Found
+from rana_compile.testing import graph_text
 
 
 class GatedMlp(nn.Module):
@@ -187,9 +188,9 @@ def test_small_integer_weights_are_not_adapted() -> None:
 
 def test_finding_leaves_the_graph_alone() -> None:
     gm = graph_of(GatedMlp(), torch.randn(3, 8))
-    before = text_of(gm.graph)
+    before = graph_text(gm.graph)
     find_sites(gm)
-    assert text_of(gm.graph) == before
+    assert graph_text(gm.graph) == before
 
 
 def test_llama_sites_carry_the_names_of_state_dict() -> None:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support import graph_of, plan_of, text_of
+from support import graph_of, plan_of
 from torch import Tensor, nn
 
-from rana_compile.backend import adapt_graph
 from rana_compile.passes.find import find_sites
+from rana_compile.testing import graph_text, rewritten_graphs
 
 
 class Mlp(nn.Module):
@@ -29,26 +29,14 @@ class Mlp(nn.Module):
 
 def adapted_text_and_outputs(module: nn.Module, rows: int = 1) -> tuple[list[str], Tensor, Tensor]:
     x = torch.randn(rows, 8)
-    gm = graph_of(module, x)
-    sites = [m.site for m in find_sites(gm).matches]
+    sites = [m.site for m in find_sites(graph_of(module, x)).matches]
     plan = plan_of(module, *((s, "neuron", {"threshold": torch.full((s.d_in,), 0.2)}) for s in sites))
     fast = torch.compile(module, backend="rana", options={"plan": plan})
+    (new,) = rewritten_graphs(module, plan, x)
     with torch.no_grad():
-        parameters = [p for p in gm.graph.nodes if p.op == "placeholder"]
-        values = [n.meta["example_value"] for n in parameters]
-        real = {tuple(p.shape): p for p in module.parameters()}
-        assert real
-        new, _ = adapt_graph(gm, [_real(v, module, n) for v, n in zip(values, parameters, strict=True)], plan)
         mask = lambda t: t * (t.abs() >= 0.2)  # noqa: E731
         gate, up = module.gate(mask(x)), module.up(mask(x))
-        return text_of(new.graph), fast(x), module.down(mask(module.act(gate) * up))
-
-
-def _real(value: Tensor, module: nn.Module, node: torch.fx.Node) -> Tensor:
-    from rana_compile.passes.names import source_name
-
-    name = source_name(node)
-    return value if name is None else dict(module.named_parameters())[name]
+        return graph_text(new.graph), fast(x), module.down(mask(module.act(gate) * up))
 
 
 @pytest.mark.parametrize("bias", [False, True])

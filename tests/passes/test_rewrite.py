@@ -3,13 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support import graph_of, text_of
+from support import graph_of
 from torch import Tensor, nn
 
 from rana_compile.adapters import FAMILIES, Tensors
 from rana_compile.kernels import ops
 from rana_compile.passes.find import find_sites
 from rana_compile.passes.rewrite import Lowering, rewrite
+from rana_compile.testing import graph_text
 
 
 class Block(nn.Module):
@@ -101,12 +102,12 @@ def lowered(block: nn.Module, x: Tensor, family: str, decode: bool) -> tuple[lis
         with torch.no_grad():
             buffers = FAMILIES[family].pack(weights, tensors) if decode else tensors
         lowerings.append(Lowering(match, family, decode, buffers))
-    before = text_of(gm.graph)
+    before = graph_text(gm.graph)
     new = rewrite(gm, lowerings)
-    assert text_of(gm.graph) == before  # the given graph is never changed
+    assert graph_text(gm.graph) == before  # the given graph is never changed
     real = graph_inputs(gm, block, x)
     with torch.no_grad():
-        return before, text_of(new.graph), new(*real)[0]
+        return before, graph_text(new.graph), new(*real)[0]
 
 
 def graph_inputs(gm: torch.fx.GraphModule, block: nn.Module, x: Tensor) -> list[Tensor]:

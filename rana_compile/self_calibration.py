@@ -1,0 +1,367 @@
+"""No plan given: calibrate inside the backend, on the inputs of the first calls (profile-guided optimisation).
+
+    first calls       dense, through Inductor; inputs are kept (a bounded number of them)
+    enough tokens     fit on them, check adapted against dense on calls held back from the fit
+    from then on      every graph of the model runs adapted, or, if the check failed, dense as before
+
+A backend sees graphs, not models: graphs that share a weight belong to one ``Session``, which fits one plan for all.
+Kept calls are replayed on copies of their inputs, so a cache that is updated in place is never touched. A graph is
+compiled a second time where it stands, within Dynamo's own context, so Dynamo sees no recompilation.
+"""
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._guards import CompileContext, TracingContext, compile_context, tracing
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from rana_compile.binding import bound_plans, plainly, stamp
+from rana_compile.calibration import check_arguments, fit_recorded
+from rana_compile.config import BackendOptions
+from rana_compile.objective import divergence
+from rana_compile.passes.find import bind_sites, find_sites
+from rana_compile.passes.interpret import Handler
+from rana_compile.passes.match import Found
+from rana_compile.passes.names import source_name
+from rana_compile.passes.record import Adapted, dense_handler
+from rana_compile.passes.replay import Output, Replay
+from rana_compile.plan import Plan
+from rana_compile.report import totals
+from rana_compile.types import PlanError, RanaError, Site, Skipped, common_name, parameter_filter
+
+log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+Compile = Callable[[Sequence[Any], Plan | None], Compiled]
+MIN_FEATURES = 32
+KEPT_BYTES = 1 << 30  # of inputs, for all calls of a session
+FEW_ROWS = 8  # a call of fewer rows (decode) brings its whole cache for little evidence: a sample of them is kept
+PATIENCE = 4  # times calibration_tokens are seen before fitting on less than that
+LEAST_SHARE = 1 / 8  # of calibration_tokens that must have been kept by then
+MAX_RESTARTS = 3
+
+
+@dataclass(frozen=True)
+class Call:
+    """One recorded call: its graph (weakly) and copies of the inputs that are not parameters, by position."""
+
+    graph: "weakref.ref[Profiled]"
+    inputs: Mapping[int, Any]
+    rows: int
+
+
+@dataclass(eq=False)
+class Session:
+    """What the graphs of one model share while they wait for a plan, and the plan afterwards."""
+
+    options: BackendOptions
+    sites: dict[tuple[str, ...], Site] = field(default_factory=dict)
+    weights: dict[str, "weakref.ref[Tensor]"] = field(default_factory=dict)
+    skipped: dict[Skipped, None] = field(default_factory=dict)
+    found: Found | None = None
+    plan: Plan | None = None
+    outcome: str = ""  # why there is no plan and none is to come
+    calls: list[Call] = field(default_factory=list)
+    seen: int = 0
+    kept: int = 0
+    bytes: int = 0
+    decode_calls: int = 0
+    restarts: int = 0
+    lock: Any = field(default_factory=threading.RLock)
+
+    @property
+    def recording(self) -> bool:
+        return self.plan is None and not self.outcome
+
+    def __str__(self) -> str:
+        wanted = f"{self.options.calibration_tokens:,}"
+        return self.outcome or f"it is still calibrating, {self.kept:,} of {wanted} tokens kept, {self.seen:,} seen"
+
+    def names_in(self, parameters: Mapping[str, Tensor]) -> dict[str, str]:
+        """From a weight's name in the compiled graphs to its name in the whole model."""
+        found = {id(p): name for name, p in parameters.items()}
+        return {name: name if name in parameters else found.get(id(ref()), name) for name, ref in self.weights.items()}
+
+    def add(self, found: Found, weights: Mapping[str, Tensor]) -> None:
+        """The sites of one more graph; a weight belongs to the first site that claims it."""
+        self.found = self.found or found
+        self.skipped.update(dict.fromkeys(found.skipped))
+        taken = {name for names in self.sites for name in names}
+        for match in found.matches:
+            if not taken & set(match.site.weights):
+                self.sites[match.site.weights] = match.site
+        self.weights.update({name: weakref.ref(w) for name, w in weights.items()})
+
+    def see(self, graph: "Profiled", args: Sequence[Any]) -> None:
+        """Keep a call's inputs if they are worth it; fit once there are enough."""
+        rows = graph.replay.rows(args)
+        self.seen += rows
+        decode = rows < FEW_ROWS
+        self.decode_calls += decode
+        if not decode or self._is_drawn():
+            inputs = _copies(args, graph.parameters)
+            size = sum(t.nbytes for t in inputs.values() if isinstance(t, Tensor))
+            if self.bytes + size <= KEPT_BYTES:
+                self.calls.append(Call(weakref.ref(graph), inputs, rows))
+                self.kept += rows
+                self.bytes += size
+        wanted = self.options.calibration_tokens
+        if len(self.calls) > 1 and (self.kept >= wanted or self.seen >= PATIENCE * wanted):
+            self._fit()
+
+    def _is_drawn(self) -> bool:
+        """Decode calls are kept ever more rarely, 8 in each doubling: 1, 2, ..., 16, 18, ..., 32, 36, ..."""
+        return self.decode_calls % (1 << max(0, self.decode_calls.bit_length() - 4)) == 0
+
+    def restart(self, reason: str) -> None:
+        """Forget plan and calls: the weights are others now."""
+        self.plan, self.calls, self.seen, self.kept, self.bytes, self.decode_calls = None, [], 0, 0, 0, 0
+        self.restarts += 1
+        if self.restarts > MAX_RESTARTS:
+            self._stay_dense(f"{reason}, {self.restarts} times now; calibrate when they no longer change")
+        else:
+            log.info("rana: %s; calibrating on the next calls", reason)
+
+    def _fit(self) -> None:
+        calls, self.calls = [call for call in self.calls if call.graph() is not None], []
+        wanted = self.options.calibration_tokens
+        if self.kept < LEAST_SHARE * wanted or len(calls) < 2:
+            self._stay_dense(
+                f"of {self.seen:,} tokens seen the inputs of only {self.kept:,} could be kept (single tokens with "
+                "their caches); use rana_compile.calibrate(model, batches)"
+            )
+            return
+        try:
+            plan, apart = self._fitted(calls)
+        except RanaError as error:
+            self._stay_dense(str(error))
+            return
+        what = f"{totals(plan)}; {len(plan.skipped)} weights skipped"
+        limit = self.options.max_divergence
+        if not apart <= limit:  # NaN is not either
+            self._stay_dense(f"divergence {apart:.3g} from the dense outputs exceeds max_divergence={limit} ({what})")
+            return
+        self.plan = plan
+        log.info(
+            "rana: calibrated on %s tokens: %s; divergence %.3g on held-back inputs", f"{self.kept:,}", what, apart
+        )
+
+    def _stay_dense(self, reason: str) -> None:
+        self.outcome, self.calls = reason, []
+        log.warning("rana: the model stays dense: %s", reason)
+
+    def _fitted(self, calls: list[Call]) -> tuple[Plan, float]:
+        """The plan, and how far its outputs are from the dense ones on held-back calls."""
+        parameters = {name: w for name, ref in self.weights.items() if (w := ref()) is not None}
+        assert self.found is not None
+        found = replace(self.found, skipped=tuple(self.skipped))
+        recorded = [(call.rows, call) for call in calls]
+        with plainly(), torch.enable_grad():
+            plan, held_back = fit_recorded(
+                parameters, recorded, _replay, found, self.options.flops_budget, self.options.recipe
+            )
+            return plan, _divergence(plan, held_back)
+
+
+def _replay(call: Call, handler: Handler) -> Output:
+    graph = call.graph()
+    assert graph is not None
+    return graph.run_again(call.inputs, handler)
+
+
+def _divergence(plan: Plan, calls: Sequence[Call]) -> float:
+    """Mean over the calls' rows: KL in nats where outputs are logits, else relative error."""
+    adapted = Adapted({s.site: (s.family, s.tensors) for s in plan.adapted})
+    total, rows = 0.0, 0
+    for call in calls:
+        exact, approximate = (_replay(call, handler) for handler in (dense_handler, adapted))
+        if exact.logits is not None and approximate.logits is not None:
+            apart = divergence(exact.logits, approximate.logits)
+        else:
+            apart = float((exact.value - approximate.value).norm() / exact.value.norm().clamp_min(1e-30))
+        total += apart * call.rows
+        rows += call.rows
+    return total / max(rows, 1)
+
+
+def _copies(args: Sequence[Any], parameters: Sequence[int]) -> dict[int, Any]:
+    with plainly():
+        return {
+            i: value.detach().clone() if isinstance(value, Tensor) else value
+            for i, value in enumerate(args)
+            if i not in parameters
+        }
+
+
+class Profiled:
+    """One compiled graph of a session: dense until there is a plan, then adapted.
+
+    Attributes:
+        parameters: positions of the module's parameters among the inputs.
+        replay: the graph, to run again on recorded inputs.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], session: Session, compile_graph: Compile
+    ) -> None:
+        self.session = session
+        self.parameters = tuple(i for i, value in enumerate(example_inputs) if isinstance(value, nn.Parameter))
+        self.replay = Replay(gm, bind_sites(gm, list(session.sites.values())))
+        self._weights = [example_inputs[i] for i in self.parameters]
+        self._stamp = stamp(self._weights)
+        self._autocast = _autocast_of(self._weights)
+        self._contexts = TracingContext.get(), CompileContext.try_get()
+        self._compile = compile_graph
+        self._examples = list(example_inputs)
+        self._dense: Compiled | None = None
+        self._plan: Plan | None = None
+        self._run = self._compiled(session.plan)
+        self._examples = [_fake(value, self._contexts[0]) for value in example_inputs]  # do not keep a cache alive
+
+    def _compiled(self, plan: Plan | None) -> Compiled:
+        if plan is not None:
+            try:
+                run = self._compile(self._examples, plan)
+            except PlanError as error:
+                self.session.restart(str(error))
+            else:
+                self._plan = plan
+                return run
+        self._plan, self._stamp = None, stamp(self._weights)
+        if self._dense is None:
+            self._dense = self._compile(self._examples, None)
+        return self._dense
+
+    def __call__(self, *args: Any) -> Any:
+        session = self.session
+        if session.recording:
+            with session.lock:
+                if session.recording:
+                    self._record(args)
+        if self._plan is not session.plan:
+            self._switch()
+        try:
+            return self._run(*args)
+        except PlanError as error:  # raised before anything ran
+            with session.lock:
+                if self._plan is session.plan:
+                    session.restart(str(error))
+            self._switch()
+            return self._run(*args)
+
+    def _record(self, args: Sequence[Any]) -> None:
+        now = stamp(self._weights)
+        if now != self._stamp:
+            self._stamp = now
+            self.session.restart("the weights changed while calibrating")
+        if self.session.recording and self.replay.has_output and not self.replay.is_random:
+            self.session.see(self, args)
+
+    def _switch(self) -> None:
+        """Run as the session has decided; compiled as if Dynamo had just traced the graph."""
+        context, compiling = self._contexts
+        with self.session.lock, tracing(context), compile_context(compiling):
+            self._run = self._compiled(self.session.plan)
+
+    def run_again(self, inputs: Mapping[int, Any], handler: Handler) -> Output:
+        args = dict(inputs) | dict(zip(self.parameters, map(_constant, self._weights), strict=True))
+        fresh = [v.clone() if isinstance(v, Tensor) and i in inputs else v for i, v in sorted(args.items())]
+        device, dtype, enabled = self._autocast
+        with torch.autocast(device, dtype, enabled):
+            return self.replay.run(fresh, handler)
+
+
+def _constant(weight: Tensor) -> Tensor:
+    """The weight without gradient; one made in inference mode is copied, autograd refuses it."""
+    return weight.clone() if weight.is_inference() else weight.detach()
+
+
+def _fake(value: Any, context: TracingContext) -> Any:
+    """The stand-in that the first compilation made for an input, parameters themselves excepted."""
+    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+        return value
+    assert context.fake_mode is not None
+    return context.fake_mode.from_tensor(value)  # remembered while the value lives
+
+
+def _autocast_of(weights: Sequence[Tensor]) -> tuple[str, torch.dtype, bool]:
+    device = weights[0].device.type
+    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+
+_SESSIONS = WeakTensorKeyDictionary()  # weight -> sessions
+
+
+def profiled(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions, compile_graph: Compile
+) -> Compiled:
+    """A graph that calibrates itself, or is adapted at once if its model has a plan by now.
+
+    Args:
+        compile_graph: compiles ``gm`` for example inputs with a plan's adapters, or densely for None.
+
+    Raises ConfigError for bad options.
+    """
+    check_arguments(options.flops_budget, options.recipe)
+    nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    names = {name: i for i, node in enumerate(nodes) if (name := source_name(node))}
+    keep = parameter_filter(options.include, options.exclude, list(names))
+    least = MIN_FEATURES if options.min_features is None else options.min_features
+    found = find_sites(gm, keep, options.recipe == "rana", least)
+    position = {node: i for i, node in enumerate(nodes)}
+    adaptable = {lin.weight_name: example_inputs[position[lin.weight]] for m in found.matches for lin in m.linears}
+    if not adaptable:
+        log.info("rana: nothing to adapt in a graph of %d nodes", len(gm.graph.nodes))
+        return compile_graph(example_inputs, None)
+    others = {name: example_inputs[i] for name, i in names.items() if isinstance(example_inputs[i], nn.Parameter)}
+    session = _session_of(list(adaptable.values()), options)
+    with session.lock:
+        session.add(found, others | adaptable)
+        return Profiled(gm, example_inputs, session, compile_graph)
+
+
+def _session_of(weights: Sequence[Tensor], options: BackendOptions) -> Session:
+    known = (session for w in weights for session in _SESSIONS.get(w, ()) if session.options == options)
+    session = next(known, None) or Session(options)
+    for weight in weights:
+        others = _SESSIONS.setdefault(weight, [])
+        if session not in others:
+            others.append(session)
+    return session
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that a compiled model runs with, to save: given to the backend, or fitted by it.
+
+    Names are as in ``model.state_dict()``; where Dynamo broke the model into parts, their plans are put together.
+    Raises RanaError where there is none (yet), and says why.
+    """
+    model = getattr(model, "_orig_mod", model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    sessions = list(dict.fromkeys(s for p in parameters.values() for s in _SESSIONS.get(p, ())))
+    fitted = [session.plan for session in sessions if session.plan is not None]
+    plans = fitted or bound_plans(list(parameters.values()))[-1:]
+    if len(plans) == 1 and all(name in parameters for s in plans[0].sites for name in s.site.weights):
+        return plans[0]
+    if not fitted:
+        why = "; ".join(map(str, sessions)) or 'it was not called since model.compile(backend="rana")'
+        raise RanaError(f"the model has no plan: {why}")
+    return _joined([(s.plan, s.names_in(parameters)) for s in sessions if s.plan is not None])
+
+
+def _joined(parts: Sequence[tuple[Plan, Mapping[str, str]]]) -> Plan:
+    """One plan of the plans of a model's parts, under the model's names."""
+    sites = []
+    for plan, names in parts:
+        for entry in plan.sites:
+            weights = tuple(names[name] for name in entry.site.weights)
+            sites.append(replace(entry, site=replace(entry.site, weights=weights, name=common_name(weights))))
+    plans = [plan for plan, _ in parts]
+    skipped = tuple(dict.fromkeys(s for plan in plans for s in plan.skipped))
+    return Plan(tuple(sites), skipped, plans[0].flops_asked, sum(p.model_flops for p in plans), plans[0].info)
