@@ -3,14 +3,10 @@
 masked(gate, up), act(gate) * up, masked(down)   →   gated_mlp(x, …, activation)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from rana_compile.kernels.reference import ACTIVATIONS
 from rana_compile.passes.match import Block, escapes
-from rana_compile.passes.mlp import hidden_function
+from rana_compile.passes.mlp import activation_of, hidden_function
 from rana_compile.passes.pointwise import region_to
 from rana_compile.passes.rewrite import FusedMlp, Lowering
 
@@ -41,15 +37,5 @@ def _fused(up: Lowering, down: Lowering) -> FusedMlp | None:
         return None  # in this graph someone else reads between them
     name = up.match.site.block or ""
     block = Block(name, up.match.site, down.match.site, inputs, last.x, frozenset(region))
-    activation = _activation_of(hidden_function(block))
+    activation = activation_of(hidden_function(inputs, block.region, block.hidden))
     return FusedMlp(up, down, block, activation) if activation else None
-
-
-def _activation_of(hidden: Callable[..., Tensor]) -> str | None:
-    """The known activation ``act`` for which hidden(gate, up) = act(gate) * up, found by evaluating it, or None."""
-    points = torch.linspace(-8, 8, 1001)
-    factor = torch.linspace(-2, 3, 1001)
-    with torch.no_grad():
-        values = hidden(points, factor).float()
-    known = (name for name, act in ACTIVATIONS.items() if torch.allclose(values, act(points) * factor, atol=1e-5))
-    return next(known, None)

@@ -8,11 +8,13 @@ intermediate that someone else reads, active dropout inside, shapes that differ)
 linears are left to the patterns for plain linears.
 """
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from rana_compile.kernels.reference import ACTIVATIONS
 from rana_compile.passes.match import Block, Linear, Match, Search, escapes, is_convex
 from rana_compile.passes.pointwise import is_active_dropout, region_to
 from rana_compile.passes.sites import make_match
@@ -87,20 +89,32 @@ def _block_name(mlp: _Candidate) -> str:
     return common_name(tuple(lin.weight_name for lin in (*mlp.inputs, mlp.down)))
 
 
-def _matches(mlp: _Candidate) -> tuple[Match, Match, Block]:
-    name = _block_name(mlp)
-    up = make_match(mlp.inputs, "gate_up" if len(mlp.inputs) == 2 else "up", name)
-    down = make_match((mlp.down,), "down", name)
-    inputs = tuple(lin.node for lin in mlp.inputs)
-    return up, down, Block(name, up.site, down.site, inputs, mlp.down.x, frozenset(mlp.region))
+def _matches(candidate: _Candidate) -> tuple[Match, Match, Block]:
+    name = _block_name(candidate)
+    inputs = tuple(lin.node for lin in candidate.inputs)
+    region, hidden = frozenset(candidate.region), candidate.down.x
+    activation = activation_of(hidden_function(inputs, region, hidden)) if len(inputs) == 2 else None
+    up = make_match(candidate.inputs, "gate_up" if len(inputs) == 2 else "up", name, activation)
+    down = make_match((candidate.down,), "down", name)
+    return up, down, Block(name, up.site, down.site, inputs, hidden, region)
 
 
-def hidden_function(block: Block) -> fx.GraphModule:
+def hidden_function(inputs: Sequence[fx.Node], region: Collection[fx.Node], hidden: fx.Node) -> fx.GraphModule:
     """The elementwise region of an MLP as a callable of its linears' outputs: (gate, up) or (up,) → hidden."""
     graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in block.inputs}
-    for node in block.hidden.graph.nodes:
-        if node in block.region:
+    env: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in inputs}
+    for node in hidden.graph.nodes:
+        if node in region:
             env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(env[block.hidden])
+    graph.output(env[hidden])
     return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def activation_of(hidden: Callable[..., Tensor]) -> str | None:
+    """The known activation ``act`` for which hidden(gate, up) = act(gate) * up, found by evaluating it, or None."""
+    points = torch.linspace(-8, 8, 1001)
+    factor = torch.linspace(-2, 3, 1001)
+    with torch.no_grad():
+        values = hidden(points, factor).float()
+    known = (name for name, act in ACTIVATIONS.items() if torch.allclose(values, act(points) * factor, atol=1e-5))
+    return next(known, None)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rana_compile.adapters import FAMILIES, Tensors
+from rana_compile.adapters import FAMILIES, Tensors, adapter_flops
 from rana_compile.flops import dense_flops
 from rana_compile.statistics import LogHistogram, Sample
 from rana_compile.types import RanaError, Site
@@ -29,11 +29,11 @@ def flat_rows(x: Tensor) -> Tensor:
 
 
 class Recorder:
-    """Runs sites densely and samples inputs and, in the backward pass, input gradients.
+    """Runs sites densely and samples inputs and, in the backward pass, input gradients of each linear.
 
     While ``basis_rows`` is set, rows also count towards the second moments that bases are fitted on; the others stay
     fresh, to price those bases. The model's parameters require no gradient, so autograd records only what follows the
-    first site.
+    first site. All sites draw the same rows, so that those of an MLP's sites belong together.
     """
 
     def __init__(self, capacity: Callable[[], int], seed: int) -> None:
@@ -60,17 +60,21 @@ class Recorder:
             total, seen = self._moments.get(site, (torch.zeros((), device=x.device), 0))
             with torch.autocast(x.device.type, enabled=False):
                 self._moments[site] = (total + rows.t() @ rows, seen + len(rows))
-        seed = self._seed + len(self.samples)
         if site not in self.samples:
-            self.samples[site] = Sample(self._capacity(), seed)
+            self.samples[site] = Sample(self._capacity(), len(weights), self._seed)
         sample = self.samples[site]
         taken, slots = sample.offer(flat_rows(x), fresh=not self.basis_rows)
-        if x.requires_grad:
-            own = x.view_as(x)  # its gradient is this site's share alone
-        else:
-            own = x.detach().requires_grad_()  # the first site: gradients start here
-        own.register_hook(lambda u: sample.offer_gradient(flat_rows(u), taken, slots))
-        return dense(own, weights, biases)
+
+        def keep(part: int) -> Callable[[Tensor], None]:
+            return lambda u: sample.offer_gradient(part, flat_rows(u), taken, slots)
+
+        outputs = []
+        for part, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            # its gradient is this linear's share alone; at the first site gradients start
+            own = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+            own.register_hook(keep(part))
+            outputs.append(F.linear(own, weight, bias))
+        return tuple(outputs)
 
 
 class Adapted:
@@ -78,17 +82,21 @@ class Adapted:
 
     Args:
         adapters: family and stored tensors of each site; what derives from the weights is computed at first use.
-        targets: mean live coordinates wanted at a site: its thresholds are scaled, from batch to batch, so that
-            this many survive on the inputs seen so far, which come from sites already scaled.
+        targets: mean live coordinates wanted of each mask of a site: its thresholds are scaled, from batch to batch,
+            so that this many survive on the inputs seen so far, which come from sites already scaled.
     """
 
-    def __init__(self, adapters: Mapping[Site, tuple[str, Tensors]], targets: Mapping[Site, float] | None = None):
+    def __init__(
+        self,
+        adapters: Mapping[Site, tuple[str, Tensors]],
+        targets: Mapping[Site, Sequence[float]] | None = None,
+    ) -> None:
         self._adapters = adapters
         self._targets = targets or {}
         self._tensors: dict[Site, Tensors] = {}
-        self._histograms = {site: LogHistogram() for site in self._targets}
-        self.scale: dict[Site, float] = {}
-        self._live = dict.fromkeys(adapters, 0)
+        self._histograms = {site: [LogHistogram() for _ in wanted] for site, wanted in self._targets.items()}
+        self.scale = {site: [1.0] * len(wanted) for site, wanted in self._targets.items()}
+        self._live = {site: [0] * len(FAMILIES[name].mask_flops(site)) for site, (name, _) in adapters.items()}
         self._rows = dict.fromkeys(adapters, 0)
 
     def __call__(
@@ -103,29 +111,29 @@ class Adapted:
             with torch.autocast(x.device.type, enabled=False):
                 self._tensors[site] = stored | family.derive(weights, stored)
         tensors = self._tensors[site]
-        if "threshold" in tensors:
-            z = flat_rows(family.coordinates(x, tensors)).abs()
+        for i in range(len(self._live[site])):
+            mask = family.mask(i, site, x, weights, biases, tensors)
+            z, threshold = flat_rows(mask.z).abs(), mask.threshold
             if site in self._targets:
-                tensors = tensors | {"threshold": tensors["threshold"] * self._rescaled(site, z / tensors["threshold"])}
-            self._live[site] += int((z >= tensors["threshold"]).sum())
-            self._rows[site] += len(z)
-        return family.forward(x, weights, biases, tensors)
+                factor = self._rescaled(site, i, z / threshold)
+                tensors, threshold = family.scaled(tensors, i, factor), threshold * factor
+            self._live[site][i] += z.numel() - int((z < threshold).sum())
+        self._rows[site] += x.numel() // x.shape[-1]
+        return family.forward(site, x, weights, biases, tensors)
 
-    def _rescaled(self, site: Site, ratio: Tensor) -> float:
-        self._histograms[site].add(ratio)
-        self.scale[site] = self._histograms[site].level(self._targets[site] / ratio.shape[1])
-        return self.scale[site]
+    def _rescaled(self, site: Site, index: int, ratio: Tensor) -> float:
+        histogram = self._histograms[site][index]
+        histogram.add(ratio)
+        self.scale[site][index] = histogram.level(min(1.0, self._targets[site][index] / ratio.shape[1]))
+        return self.scale[site][index]
 
-    def live(self, site: Site) -> float:
-        """Mean coordinates kept per token at an adapted site."""
-        _, stored = self._adapters[site]
-        if "threshold" not in stored:
-            return float(stored["output_basis"].shape[1])
-        return self._live[site] / max(self._rows[site], 1)
+    def live(self, site: Site) -> tuple[float, ...]:
+        """Mean coordinates kept per token by each mask of an adapted site."""
+        return tuple(n / max(self._rows[site], 1) for n in self._live[site])
 
     def flops(self, site: Site) -> float:
         """Realised FLOPs per token of a site, adapted or dense."""
         if site not in self._adapters:
             return dense_flops(site)
         name, stored = self._adapters[site]
-        return FAMILIES[name].flops(site, self.live(site), stored)
+        return adapter_flops(FAMILIES[name], site, self.live(site), stored)

@@ -142,20 +142,20 @@ def _emit(
         return _emit_decode(graph, lowering, buffers, x, env)
     weights = tuple(_weight(graph, env, lin) for lin in linears)
     biases = tuple(None if lin.bias is None else env[lin.bias] for lin in linears)
-    call = graph.call_function(_forward(lowering.family, len(lowering.buffers)), (x, weights, biases, dict(buffers)))
+    call = graph.call_function(_forward(lowering), (x, weights, biases, dict(buffers)))
     return [graph.call_function(operator.getitem, (call, i)) for i in range(len(linears))]
 
 
-def _forward(family: str, given: int) -> Callable[..., tuple[Tensor, ...]]:
+def _forward(lowering: Lowering) -> Callable[..., tuple[Tensor, ...]]:
     """The family's plain form; what derives from the weights is computed in the graph unless it was folded."""
-    chosen = FAMILIES[family]
+    chosen, site, given = FAMILIES[lowering.family], lowering.match.site, len(lowering.buffers)
 
     def adapter(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], tensors: Tensors):  # type: ignore[no-untyped-def]
         if given == len(chosen.stored):
             tensors = tensors | chosen.derive(weights, tensors)
-        return chosen.forward(x, weights, biases, tensors)
+        return chosen.forward(site, x, weights, biases, tensors)
 
-    adapter.__name__ = adapter.__qualname__ = f"rana_{family}"
+    adapter.__name__ = adapter.__qualname__ = f"rana_{chosen.name}"
     return adapter
 
 
@@ -170,7 +170,7 @@ def _emit_decode(
     if lowering.family == "dense":
         return [graph.call_function(_dense_decode, (x, _weight(graph, env, lin), _bias(env, lin))) for lin in linears]
     bias = _stacked_bias(graph, linears, env)
-    call = graph.call_function(_decode(lowering.family), (x, dict(buffers), bias))
+    call = graph.call_function(_decode(lowering), (x, dict(buffers), bias))
     if len(linears) == 1:
         return [call]
     sizes = [lin.d_out for lin in linears]
@@ -182,11 +182,13 @@ def _dense_decode(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.rana.linear(x, weight, bias)
 
 
-def _decode(family: str) -> Callable[..., Tensor]:
-    def adapter(x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
-        return FAMILIES[family].decode(x, packed, bias)
+def _decode(lowering: Lowering) -> Callable[..., Tensor]:
+    family, site = FAMILIES[lowering.family], lowering.match.site
 
-    adapter.__name__ = adapter.__qualname__ = f"rana_{family}_decode"
+    def adapter(x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
+        return family.decode(site, x, packed, bias)
+
+    adapter.__name__ = adapter.__qualname__ = f"rana_{family.name}_decode"
     return adapter
 
 

@@ -45,6 +45,21 @@ def allocate(sites: Sequence[Sequence[Option]], budget: float) -> list[int]:
     return _spend(sites, chosen, left)
 
 
+def combined(groups: Sequence[Sequence[Option]]) -> list[tuple[Option, tuple[int, ...]]]:
+    """The hull of the sums of one option of each group, cheapest first, with the options each sum is made of."""
+    chosen = [_cheapest(options) for options in groups]
+    result = [_sum(groups, chosen)]
+    for _, i, k in sorted(_hull_steps(groups)):
+        chosen[i] = k
+        result.append(_sum(groups, chosen))
+    return result
+
+
+def _sum(groups: Sequence[Sequence[Option]], chosen: Sequence[int]) -> tuple[Option, tuple[int, ...]]:
+    parts = [options[k] for options, k in zip(groups, chosen, strict=True)]
+    return Option(sum(p.cost for p in parts), sum(p.price for p in parts)), tuple(chosen)
+
+
 def _cheapest(options: Sequence[Option]) -> int:
     return min(range(len(options)), key=lambda k: (options[k].cost, options[k].price))
 

@@ -98,7 +98,8 @@ class Bound:
         return self._family.derive(self.entry.site.oriented(weights), self._stored)
 
     def _pack(self, weights: Sequence[Tensor]) -> Tensors:
-        return self._family.pack(self.entry.site.oriented(weights), self._stored)
+        site = self.entry.site
+        return self._family.pack(site, site.oriented(weights), self._stored)
 
 
 def _copy(old: Tensors, new: Tensors) -> None:

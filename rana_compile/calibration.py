@@ -1,4 +1,4 @@
-"""Fit a plan to a model: record → fit → allocate → refit thresholds with the adapters on → measure.
+"""Fit a plan to a model: record → candidates → allocate → refit and measure with the adapters on → correct.
 
 Batches are split: most fit, every fourth is held back to measure realised cost and loss. Activations are
 streamed; per site only a bounded sample of rows (and second moments for bases) is kept.
@@ -6,54 +6,62 @@ streamed; per site only a bounded sample of rows (and second moments for bases) 
 
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rana_compile.adapters import Tensors
+from rana_compile.correction import Fitted, Fitter, Problem, Target, thinned
 from rana_compile.data import Batch, as_batches, rows_of
-from rana_compile.fitting import Candidate, Evidence
-from rana_compile.flops import dense_flops, total_dense_flops
-from rana_compile.objective import divergence, main_output, summed_loss
+from rana_compile.fitting import Evidence
+from rana_compile.flops import bytes_read, dense_flops, total_dense_flops
+from rana_compile.objective import summed_loss
 from rana_compile.passes.interpret import Capture, Handler, capturing, undisturbed
 from rana_compile.passes.match import Found
 from rana_compile.passes.mlp import hidden_function
-from rana_compile.passes.record import Adapted, Recorder, dense_handler
+from rana_compile.passes.record import Recorder
 from rana_compile.plan import Plan, SitePlan, weight_hash
 from rana_compile.progress import Progress
-from rana_compile.recipes import RECIPES, Choice, Mlp
+from rana_compile.recipes import DIRECT, GLOBAL, RECIPES, Measure, Mlp, Recipe
 from rana_compile.statistics import Sample
 from rana_compile.types import ConfigError, RanaError, Site, Skipped, parameter_filter
 
-SAMPLE_BYTES = 1_600_000_000  # for all samples together
+SAMPLE_BYTES = 1_000_000_000  # for all samples together
 MAX_SAMPLE_ROWS = 4096
-MAX_REFITS = 3
-TOLERANCE = 0.01  # relative miss of the chosen cost that is accepted without another refit
+RECORD_TOKENS = 6144  # for which gradients are computed
 
 
 def calibrate(
     model: torch.nn.Module,
     batches: Iterable[Any],
-    flops_budget: float = 0.6,
-    recipe: str = "auto",
+    flops_budget: float | None = None,
+    recipe: str | Recipe = "auto",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     seed: int = 0,
     progress: bool = True,
+    *,
+    bytes_budget: float | None = None,
+    max_loss_increase: float | None = None,
 ) -> Plan:
-    """Fit adapters to ``model`` on calibration data, under one FLOPs budget for all included sites.
+    """Fit adapters to ``model`` on calibration data, under one budget for all included sites.
 
     Args:
         model: any module that Dynamo can trace; it is not changed.
         batches: an iterable of token tensors [batch, length] or of dicts of keyword arguments, or a
             ``datasets.Dataset`` with ``input_ids``. A few thousand tokens of the kind it will serve.
-        flops_budget: FLOPs to keep per token, as a share (0, 1] of the dense FLOPs of the included linears.
-        recipe: ``auto``, ``neuron`` or ``rana`` (the paper's).
+        flops_budget: FLOPs to keep per token, as a share (0, 1] of the dense FLOPs of the included linears; 0.6 if
+            no other budget is given.
+        recipe: ``auto``, ``neuron`` or ``rana`` (the paper's), or a callable (evidence of all sites, MLPs, share)
+            → one candidate per site, as ``rana_compile.recipes`` has them.
         include, exclude: glob patterns over parameter names; ``lm_head`` also matches ``lm_head.weight``.
         seed: makes the plan reproducible.
         progress: show one progress bar.
+        bytes_budget: instead, bytes read per decoded token, as a share (0, 1] of those of the included weights.
+        max_loss_increase: instead, the quality to keep: the cheapest plan whose divergence from the dense model on
+            held-back batches (KL, nats per token: the loss it adds to text the model itself would write) stays
+            below this.
 
     Returns:
         The plan, its realised cost and losses measured on held-back batches.
@@ -62,20 +70,21 @@ def calibrate(
         ConfigError: bad arguments or data, or a budget that cannot be reached.
         RanaError: nothing to adapt, or non-finite activations.
     """
-    check_arguments(flops_budget, recipe)
+    target = Target.of(flops_budget, bytes_budget, max_loss_increase)
+    check_recipe(recipe, target)
     keep = parameter_filter(include, exclude, [name for name, _ in model.named_parameters(remove_duplicate=False)])
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     data = as_batches(batches, device)
     _check_vocabulary(model, data)
     fitting, held_back = split_held_back(data)
-    steps = len(fitting) + len(data) + 2 * len(held_back)
+    steps = len(thinned(fitting, RECORD_TOKENS)) + 2 * (len(data) + 2 * len(held_back))
     with (
         undisturbed(model),
         capturing(model, keep, recipe == "rana") as (run, capture),
         Progress(progress, steps) as bar,
     ):
         session = _Session(dict(model.named_parameters(remove_duplicate=False)), run, capture, bar, seed)
-        return session.fit(fitting, held_back, flops_budget, recipe)
+        return session.fit(fitting, held_back, target, recipe)
 
 
 def fit_recorded(
@@ -103,7 +112,7 @@ def fit_recorded(
     fitting, held_back = split_held_back(batches)
     with Progress(False, 1) as bar:
         session = _Session(parameters, lambda rows, call: replay(call, capture.current), capture, bar, seed)
-        plan = session.fit(fitting, held_back, flops_budget, recipe)
+        plan = session.fit(fitting, held_back, Target("flops", flops_budget), recipe)
     return plan, [batch["call"] for batch in held_back]
 
 
@@ -126,11 +135,11 @@ def split_held_back(data: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     return [batch for i, batch in enumerate(data) if i % 4 != 3 and batch is not held_back[-1]], held_back
 
 
-def check_arguments(flops_budget: float, recipe: str) -> None:
-    if recipe not in RECIPES:
+def check_recipe(recipe: str | Recipe, target: Target) -> None:
+    if isinstance(recipe, str) and recipe not in RECIPES:
         raise ConfigError(f"unknown recipe {recipe!r}; known recipes: {', '.join(RECIPES)}")
-    if not isinstance(flops_budget, int | float) or not 0 < flops_budget <= 1:
-        raise ConfigError(f"flops_budget is {flops_budget!r}; expected a share of the dense FLOPs in (0, 1]")
+    if target.unit != "flops" and recipe not in GLOBAL:
+        raise ConfigError(f"this recipe takes flops_budget only; {target.unit} needs one of {', '.join(GLOBAL)}")
 
 
 def _check_vocabulary(model: torch.nn.Module, data: Sequence[Batch]) -> None:
@@ -161,43 +170,46 @@ class _Session:
         self.run, self.capture, self.bar, self.seed = run, capture, bar, seed
         self.tokens = 0
 
-    def fit(self, fitting: list[Batch], held_back: list[Batch], budget: float, recipe: str) -> Plan:
-        recorder = self._record(fitting, with_bases=recipe != "neuron")
+    def fit(self, fitting: list[Batch], held_back: list[Batch], target: Target, recipe: str | Recipe) -> Plan:
+        chosen = GLOBAL.get(recipe) if isinstance(recipe, str) else None
+        self.tokens = sum(map(rows_of, fitting))
+        recorder = self._record(thinned(fitting, RECORD_TOKENS), with_bases=recipe != "neuron")
         found = self.capture.found[0]
         evidence = [self._evidence(site, sample, recorder) for site, sample in recorder.samples.items()]
+        mlps = self._mlps(found, recorder)
+        fitter = Fitter(self._run_with, fitting, held_back, self.bar)
         self.bar.say("choosing adapters")
-        choices = RECIPES[recipe](evidence, self._mlps(found, recorder), budget)
-        fitted = [self._fitted(choice, fitting, held_back) for choice in choices]
-        choice, adapted, measured = min(fitted, key=lambda f: f[2]["divergence"])
-        return self._plan(choice, adapted, measured, budget, recipe, found)
+        if chosen:
+            problem = Problem(chosen(evidence, mlps, target.share), self._cost_of(target))
+            recorder.samples.clear()
+            fitted = fitter.search(problem, target)
+        else:
+            direct = DIRECT[recipe] if isinstance(recipe, str) else recipe
+            fitted = fitter.fitted(direct(evidence, mlps, target.share), fitter.everything)
+        return self._plan(fitted, target, recipe, found)
 
-    def _fitted(
-        self, choice: Choice, fitting: list[Batch], held_back: list[Batch]
-    ) -> tuple[Choice, Adapted, dict[str, float]]:
-        """The choice with thresholds that realise its cost when all adapters are on, and what was measured of it."""
-        live = {site: c.live for site, c in choice.items() if "threshold" in c.tensors}
-        wanted = sum(c.option.cost for c in choice.values())
-        for _ in range(MAX_REFITS):
-            choice = self._refit(choice, fitting + held_back, live)
-            adapted, measured = self._measure(choice, held_back)
-            miss = sum(map(adapted.flops, choice)) / wanted - 1
-            if abs(miss) <= TOLERANCE:
-                break
-            live = {site: n / (1 + miss) for site, n in live.items()}
-        return choice, adapted, measured
+    def _run_with(self, handler: Handler, batch: Batch) -> Any:
+        self.capture.handler = handler
+        return self.run(**batch)
+
+    def _cost_of(self, target: Target) -> Measure | None:
+        if target.unit != "bytes":
+            return None
+        return lambda site, c: bytes_read(c.option.cost, self._itemsize(site), c.tensors)
+
+    def _itemsize(self, site: Site) -> int:
+        return self.parameters[site.weights[0]].dtype.itemsize
 
     def _record(self, batches: list[Batch], with_bases: bool) -> Recorder:
         rows = sum(map(rows_of, batches))
         recorder = Recorder(lambda: self._capacity(rows), self.seed)
-        self.capture.handler = recorder
         generator = torch.Generator().manual_seed(self.seed)
         for i, batch in enumerate(batches):
             self.bar.say("recording inputs and gradients")
             recorder.basis_rows = with_bases and i % 2 == 1
-            output = self.run(**batch)
+            output = self._run_with(recorder, batch)
             if recorder.samples:
                 summed_loss(output, generator).backward()
-            self.tokens += rows_of(batch)
             self.bar.step()
         if not recorder.samples:
             reasons = "; ".join(f"{s.name}: {s.reason}" for f in self.capture.found for s in f.skipped[:3])
@@ -206,80 +218,45 @@ class _Session:
 
     def _capacity(self, rows: int) -> int:
         """Rows per site that keep all samples within SAMPLE_BYTES."""
-        per_row = sum(m.site.d_in * 6 for f in self.capture.found for m in f.matches)  # x 4 bytes, u 2
+        sites = [m.site for f in self.capture.found for m in f.matches]
+        per_row = sum(2 * site.d_in * (1 + len(site.weights)) for site in sites)  # bfloat16: x, and u of each linear
         return max(64, min(rows, MAX_SAMPLE_ROWS, SAMPLE_BYTES // max(per_row, 1)))
 
     def _evidence(self, site: Site, sample: Sample, recorder: Recorder) -> Evidence:
-        weights = site.oriented([self.parameters[name] for name in site.weights])
-        weight = torch.cat([w.detach().float().cpu() for w in weights])
-        n = sample.rows
-        assert sample.x is not None
-        u = None if sample.u is None else sample.u[:n].float()
-        return Evidence(site, weight, sample.x[:n].float(), u, recorder.moment(site), sample.fresh[:n])
+        weights = site.oriented([self.parameters[name].detach() for name in site.weights])
+        return Evidence(site, weights, sample, recorder.moment(site))
 
     def _mlps(self, found: Found, recorder: Recorder) -> list[Mlp]:
         by_weights = {site.weights: site for site in recorder.samples}
         mlps = []
         for block in found.blocks:
-            inputs = tuple(by_weights[(name,)] for name in block.up.weights if (name,) in by_weights)
-            if len(inputs) == len(block.inputs) and block.down.weights in by_weights:
-                mlps.append(Mlp(inputs, by_weights[block.down.weights], hidden_function(block)))
+            keys = [block.up.weights] if block.up.weights in by_weights else [(name,) for name in block.up.weights]
+            if block.down.weights in by_weights and all(key in by_weights for key in keys):
+                hidden = hidden_function(block.inputs, block.region, block.hidden)
+                mlps.append(Mlp(tuple(by_weights[key] for key in keys), by_weights[block.down.weights], hidden))
         return mlps
 
-    def _refit(self, choice: Choice, batches: list[Batch], live: Mapping[Site, float]) -> Choice:
-        """Thresholds again, on the inputs each site sees when the sites before it are adapted."""
-        refitting = Adapted(_adapters(choice), live)
-        self.capture.handler = refitting
-        for batch in batches:
-            self.bar.say("refitting thresholds with the adapters on")
-            self.run(**batch)
-            self.bar.step()
-        return {site: c if site not in live else _scaled(c, refitting.scale[site]) for site, c in choice.items()}
-
-    def _measure(self, choice: Choice, batches: list[Batch]) -> tuple[Adapted, dict[str, float]]:
-        """Realised cost, and the divergence from the dense model, on held-back batches."""
-        adapted = Adapted(_adapters(choice))
-        total, rows = 0.0, 0
-        for batch in batches:
-            self.bar.say("measuring on held-back batches")
-            outputs = []
-            for handler in (dense_handler, adapted):
-                self.capture.handler = handler
-                outputs.append(main_output(self.run(**batch)))
-                self.bar.step()
-            total += divergence(*outputs) * rows_of(batch)
-            rows += rows_of(batch)
-        return adapted, {"divergence": total / max(rows, 1)}
-
-    def _plan(
-        self, choice: Choice, adapted: Adapted, measured: dict[str, float], budget: float, recipe: str, found: Found
-    ) -> Plan:
+    def _plan(self, fitted: Fitted, target: Target, recipe: str | Recipe, found: Found) -> Plan:
         sites = []
-        for site, c in choice.items():
+        for site, c in fitted.choice.items():
             stored: Tensors = {k: t.detach().cpu().contiguous() for k, t in c.tensors.items()}
-            flops = adapted.flops(site)
-            live = c.live if c.family == "dense" else adapted.live(site)
+            flops, live = fitted.adapted.flops(site), () if c.family == "dense" else fitted.adapted.live(site)
             digest = weight_hash([self.parameters[name] for name in site.weights])
             sites.append(SitePlan(site, c.family, stored, live, flops / dense_flops(site), c.option.price, digest))
-        dtype = {str(self.parameters[name].dtype) for site in choice for name in site.weights}
+        dtype = {str(self.parameters[name].dtype) for site in fitted.choice for name in site.weights}
         info = {
-            "recipe": recipe,
+            "recipe": recipe if isinstance(recipe, str) else getattr(recipe, "__name__", repr(recipe)),
+            "budget": {"unit": target.unit, "value": target.value},
             "seed": self.seed,
             "tokens": self.tokens,
             "dtype": sorted(dtype),
             "torch": torch.__version__,
             "python": platform.python_version(),
-        } | measured
+            "divergence": fitted.divergence,
+        }
         excluded = [s for s in found.skipped if s.name in self.parameters]
         extra = sum(2 * self.parameters[s.name].numel() for s in excluded if self.parameters[s.name].dim() == 2)
-        model_flops = float(total_dense_flops(choice) + extra)
+        total = float(total_dense_flops(fitted.choice))
+        asked = target.value if target.unit == "flops" else sum(c.option.cost for c in fitted.choice.values()) / total
         skipped: tuple[Skipped, ...] = tuple(dict.fromkeys(s for f in self.capture.found for s in f.skipped))
-        return Plan(tuple(sites), skipped, budget, model_flops, info)
-
-
-def _adapters(choice: Choice) -> dict[Site, tuple[str, Tensors]]:
-    return {site: (c.family, c.tensors) for site, c in choice.items() if c.family != "dense"}
-
-
-def _scaled(candidate: Candidate, factor: float) -> Candidate:
-    return replace(candidate, tensors=candidate.tensors | {"threshold": candidate.tensors["threshold"] * factor})
+        return Plan(tuple(sites), skipped, asked, total + extra, info)

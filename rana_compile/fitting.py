@@ -9,16 +9,18 @@ estimate badly; the two are averaged. Bases are fitted on other tokens than thos
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rana_compile.adapters import FAMILIES, Tensors
-from rana_compile.allocation import Option
+from rana_compile.adapters import FAMILIES, Tensors, adapter_flops
+from rana_compile.allocation import Option, combined
 from rana_compile.flops import dense_flops
-from rana_compile.types import Site
+from rana_compile.kernels.reference import ACTIVATIONS
+from rana_compile.statistics import Sample
+from rana_compile.types import ConfigError, Site
 
 DENSITIES = tuple(k / 40 for k in range(4, 40))
 RANKS = tuple(k / 8 for k in range(2, 8))
@@ -26,73 +28,194 @@ TALL = 2  # outputs per input from which B, read whole for every token, can pay
 QUANTILE_SAMPLE = 200_000
 RANK_ROWS = 2048  # tokens that price rank adapters
 CROSS_TERMS = 0.5
-ISOTROPIC = 0.1
+ISOTROPIC = 0.3
 _TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One adapter at one operating point. ``live``: mean coordinates kept per token on the pricing rows."""
+    """One adapter at one operating point. ``live``: mean coordinates kept per token by each mask, on pricing rows."""
 
     family: str  # "dense" or a name in FAMILIES
     tensors: Tensors
-    live: float
+    live: tuple[float, ...]
     option: Option
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What fitting sees of a site, in float32.
+    """What fitting sees of a site.
 
     Attributes:
-        weight: stacked weight [d_out, d_in].
-        x, u: paired inputs and input gradients [rows, d_in]; u is None without gradients.
+        weights: of each linear [d_out_i, d_in].
+        sample: paired inputs and input gradients of token rows.
         moment: E[x xᵀ] [d_in, d_in] over tokens to fit bases on, or None.
-        fresh: which rows [rows] are not among those tokens; None: all.
     """
 
     site: Site
-    weight: Tensor
+    weights: Sequence[Tensor]
+    sample: Sample
+    moment: Tensor | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """Inputs [rows, d_in], float32."""
+        assert self.sample.x is not None
+        return self.sample.x[: self.sample.rows].float()
+
+    @property
+    def u(self) -> Tensor | None:
+        """Input gradients [rows, d_in], float32, or None without gradients."""
+        return None if self.sample.u is None else self.sample.u[: self.sample.rows].float().sum(1)
+
+    @property
+    def weight(self) -> Tensor:
+        """The stack [d_out, d_in], float32."""
+        return torch.cat([w.detach().float().cpu() for w in self.weights])
+
+    def part(self, index: int) -> "Part":
+        """One linear of the stack."""
+        u = None if self.sample.u is None else self.sample.u[: self.sample.rows, index].float()
+        return Part(self.x, u, self.weights[index].detach().float().cpu().square().sum(0))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One linear of a site, in float32: inputs x and input gradients u [rows, d_in], squared column norms [d_in]."""
+
     x: Tensor
     u: Tensor | None
-    moment: Tensor | None = None
-    fresh: Tensor | None = None
+    norms: Tensor
 
     def sensitivity(self) -> Tensor:
         """Loss-aware importance per input, c_j = sqrt(E[u_j²]), steadied by the column norms [d_in]."""
-        norms = self.weight.square().sum(0)
         if self.u is None:
-            return norms.sqrt()
+            return self.norms.sqrt()
         power = self.u.square().mean(0)
-        return ((1 - ISOTROPIC) * power + ISOTROPIC * norms * (power.sum() / norms.sum())).sqrt()
+        return ((1 - ISOTROPIC) * power + ISOTROPIC * self.norms * (power.sum() / self.norms.sum())).sqrt()
+
+    def scale(self, importance: str) -> Tensor:
+        """The factor c_j of the score ``abs(x_j)·c_j`` [d_in]; ``importance`` as in ``neuron_candidates``."""
+        if importance == "magnitude":
+            return torch.ones(self.x.shape[1])
+        if importance == "column":
+            return self.norms.sqrt()
+        if importance == "loss":
+            return self.sensitivity()
+        raise ConfigError(f"unknown importance {importance!r}; known: magnitude, column, loss")
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One operating point of one mask: thresholds [n], mean live coordinates, cost and price."""
+
+    threshold: Tensor
+    live: float
+    option: Option
 
 
 def dense_candidate(evidence: Evidence) -> Candidate:
-    site = evidence.site
-    return Candidate("dense", {}, site.d_in, Option(dense_flops(site), 0.0))
+    return Candidate("dense", {}, (), Option(dense_flops(evidence.site), 0.0))
 
 
 def neuron_candidates(
     evidence: Evidence, importance: str = "loss", densities: tuple[float, ...] = DENSITIES
 ) -> Iterator[Candidate]:
-    """Neuron adapters over densities. ``importance``: ``magnitude`` |x|, ``column`` |x|·‖W col‖, or ``loss``."""
-    scale = importance_scale(evidence, importance)
-    scores = evidence.x.abs() * scale  # [rows, d_in]
-    family = FAMILIES["neuron"]
+    """Neuron adapters, each linear of a stack at its own density, the combinations that pay.
+
+    ``importance``: ``magnitude`` |x|, ``column`` |x|·‖W col‖, or ``loss`` |x|·sqrt(E[u²]).
+    """
+    levels = _input_levels(evidence, importance, densities)
+    for option, chosen in combined([[level.option for level in part] for part in levels]):
+        points = [part[k] for part, k in zip(levels, chosen, strict=True)]
+        if any(p.live < evidence.site.d_in for p in points):
+            yield _neuron(points, option)
+
+
+def neuron_at(evidence: Evidence, ratio: float, importance: str = "column") -> Candidate:
+    """The neuron adapter whose every linear keeps one share of its inputs."""
+    if ratio >= 1:
+        return dense_candidate(evidence)
+    points = [part[-1] for part in _input_levels(evidence, importance, (ratio,))]
+    return _neuron(points, Option(sum(p.option.cost for p in points), sum(p.option.price for p in points)))
+
+
+def _neuron(points: Sequence[_Level], option: Option) -> Candidate:
+    threshold = torch.stack([p.threshold for p in points])
+    return Candidate("neuron", {"threshold": threshold}, tuple(p.live for p in points), option)
+
+
+def _input_levels(evidence: Evidence, importance: str, densities: tuple[float, ...]) -> list[list[_Level]]:
+    """For each linear of a site: all inputs, then a mask at each density."""
+    site = evidence.site
+    result = []
+    for index, d_out in enumerate(site.d_outs):
+        part = evidence.part(index)
+        effect = _effect(part.x, part.u, part.norms)
+        whole = _Level(torch.zeros(site.d_in), site.d_in, Option(2.0 * site.d_in * d_out, 0.0))
+        result.append([whole, *_levels(effect, part.x, part.scale(importance), densities, 2.0 * d_out)])
+    return result
+
+
+def _levels(
+    effect: "_Effect", z: Tensor, scale: Tensor, densities: tuple[float, ...], flops: float
+) -> Iterator[_Level]:
+    """A mask of z [rows, n] at each density of the scores abs(z)·scale; ``flops`` per live coordinate."""
+    scores = z.abs() * scale
     levels = quantiles(scores, densities)
-    effect = _effect(evidence.x, evidence.u, evidence.weight.square().sum(0))
     for level, (live, price) in zip(levels, _price_levels(effect, scores, levels), strict=True):
-        tensors = {"threshold": level / scale.clamp_min(_TINY)}
-        yield Candidate("neuron", tensors, live, Option(family.flops(evidence.site, live, tensors), price))
+        yield _Level(level / scale.clamp_min(_TINY), live, Option(flops * live, price))
 
 
-def importance_scale(evidence: Evidence, importance: str) -> Tensor:
-    """The factor c_j of the score ``abs(x_j)·c_j`` [d_in]."""
-    if importance == "magnitude":
-        return torch.ones(evidence.site.d_in)
-    if importance == "column":
-        return evidence.weight.norm(dim=0)
-    return evidence.sensitivity()
+def gated_candidates(
+    evidence: Evidence, down: Evidence, down_choice: Candidate, importance: str = "loss"
+) -> Iterator[Candidate]:
+    """Gated adapters of a ``gate_up`` site: the gate's inputs masked or not, up's rows by the activated gate.
+
+    A row that is not computed is an input that ``down`` does not get; what ``down_choice`` drops anyway is not
+    charged again. None unless the activation is known and both samples hold the same tokens.
+    """
+    if evidence.site.activation is None or not evidence.sample.same_rows(down.sample):
+        return
+    activated = _activated_gate(evidence)  # [rows, h]
+    hidden = down.part(0)
+    effect = _effect(hidden.x, hidden.u, hidden.norms)
+    if "threshold" in down_choice.tensors:
+        effect = effect.where(hidden.x.abs() >= down_choice.tensors["threshold"][0])
+    scale = _row_scale(evidence, activated, hidden)
+    rows = list(_levels(effect, activated, scale, DENSITIES[::2], 2.0 * evidence.site.d_in))
+    inputs = _input_levels(evidence, importance, DENSITIES)[0]
+    for option, (i, j) in combined([[p.option for p in inputs], [p.option for p in rows]]):
+        yield _gated(inputs[i], rows[j], option)
+
+
+def gated_at(evidence: Evidence, down: Evidence, ratio: float) -> Candidate:
+    """CATS: a dense gate, the rows of up kept where abs(act(gate)) is largest."""
+    activated = _activated_gate(evidence)
+    hidden = down.part(0)
+    effect = _effect(hidden.x, hidden.u, hidden.norms)
+    (rows,) = _levels(effect, activated, torch.ones(activated.shape[1]), (ratio,), 2.0 * evidence.site.d_in)
+    d_in, h = evidence.site.d_in, evidence.site.d_outs[0]
+    whole = _Level(torch.zeros(d_in), d_in, Option(2.0 * d_in * h, 0.0))
+    return _gated(whole, rows, Option(whole.option.cost + rows.option.cost, rows.option.price))
+
+
+def _gated(inputs: _Level, rows: _Level, option: Option) -> Candidate:
+    tensors = {"threshold": inputs.threshold[None], "gate_threshold": rows.threshold}
+    return Candidate("gated", tensors, (inputs.live, rows.live), option)
+
+
+def _activated_gate(evidence: Evidence) -> Tensor:
+    assert evidence.site.activation is not None
+    gate = evidence.x @ evidence.weights[0].detach().float().cpu().t()
+    return ACTIVATIONS[evidence.site.activation](gate)
+
+
+def _row_scale(evidence: Evidence, activated: Tensor, hidden: Part) -> Tensor:
+    """c_j of the score abs(a_j)·c_j: what the other factor of h_j = a_j·up_j usually is, in its effect on the loss."""
+    up = hidden.x / activated.masked_fill(activated == 0, torch.inf)
+    weight = hidden.norms if hidden.u is None else hidden.u.square()
+    return (up.square() * weight).mean(0).sqrt()
 
 
 def rank_candidates(evidence: Evidence) -> Iterator[Candidate]:
@@ -101,9 +224,10 @@ def rank_candidates(evidence: Evidence) -> Iterator[Candidate]:
     if site.d_out < TALL * site.d_in:
         return
     output_basis, pull = output_basis_of(evidence)
-    rows = slice(None) if evidence.fresh is None else evidence.fresh
+    rows = evidence.sample.fresh[: evidence.sample.rows]
     z = evidence.x[rows][:RANK_ROWS] @ (evidence.weight.t() @ output_basis)  # [rows, r_max]
-    slope = None if evidence.u is None else evidence.u[rows][:RANK_ROWS] @ pull  # Uᵀg
+    u = evidence.u
+    slope = None if u is None else u[rows][:RANK_ROWS] @ pull  # Uᵀg
     effect = _effect(z, slope, torch.ones(z.shape[1]))
     scale = torch.ones(z.shape[1]) if slope is None else slope.square().mean(0).sqrt()
     scores = z.abs() * scale
@@ -114,12 +238,13 @@ def rank_candidates(evidence: Evidence) -> Iterator[Candidate]:
         levels = quantiles(scores[:, :r], DENSITIES[:-1:3]).flip(0)
         priced = _price_levels(effect, never, torch.cat([torch.zeros(1), levels]))
         for level, (live, price) in zip([None, *levels], priced, strict=True):
-            name, tensors = "low_rank", kept
+            name, tensors, counts = "low_rank", kept, ()
             if level is not None:
                 name, tensors = "rank", kept | {"threshold": level / scale[:r].clamp_min(_TINY)}
-            flops = FAMILIES[name].flops(site, live, tensors)
+                counts = (live,)
+            flops = adapter_flops(FAMILIES[name], site, counts, tensors)
             if flops < dense_flops(site):
-                yield Candidate(name, tensors, live, Option(flops, price))
+                yield Candidate(name, tensors, counts, Option(flops, price))
 
 
 def output_basis_of(evidence: Evidence) -> tuple[Tensor, Tensor]:
@@ -158,20 +283,28 @@ def quantiles(scores: Tensor, densities: tuple[float, ...]) -> Tensor:
     return ordered[index]
 
 
-def _effect(z: Tensor, slope: Tensor | None, energy: Tensor) -> tuple[Tensor, bool]:
-    """What dropping each coordinate adds: (v [rows, d], True), or without gradients (squared error, False)."""
-    if slope is None:
-        return z.square() * energy, False
-    return z * slope, True
+@dataclass(frozen=True)
+class _Effect:
+    """What dropping each coordinate adds [rows, n]: v where there are gradients, else its squared error."""
+
+    values: Tensor
+    has_gradient: bool
+
+    def where(self, kept: Tensor) -> "_Effect":
+        return _Effect(self.values * kept, self.has_gradient)
 
 
-def _price_levels(effect: tuple[Tensor, bool], scores: Tensor, levels: Tensor) -> list[tuple[float, float]]:
+def _effect(z: Tensor, slope: Tensor | None, energy: Tensor) -> _Effect:
+    return _Effect(z.square() * energy, False) if slope is None else _Effect(z * slope, True)
+
+
+def _price_levels(effect: _Effect, scores: Tensor, levels: Tensor) -> list[tuple[float, float]]:
     """(mean coordinates kept per row, price) at each level, where scores [rows, d] below the level are dropped.
 
     One pass for all levels: every coordinate falls in the bucket between two levels, and what a level drops is
     the sum of the buckets below it.
     """
-    values, has_gradient = effect
+    values = effect.values
     ordered, order = levels.sort()
     bucket = torch.bucketize(scores, ordered, right=True)  # dropped at level k where bucket ≤ k
 
@@ -180,7 +313,7 @@ def _price_levels(effect: tuple[Tensor, bool], scores: Tensor, levels: Tensor) -
         return sums.cumsum(1)[:, :-1]
 
     count = torch.bincount(bucket.flatten(), minlength=len(ordered) + 1).cumsum(0)[:-1].double() / len(scores)
-    if has_gradient:
+    if effect.has_gradient:
         joint, apart = dropped(values).square().mean(0), dropped(values.square()).mean(0)
         prices = 0.5 * (CROSS_TERMS * joint + (1 - CROSS_TERMS) * apart)
     else:

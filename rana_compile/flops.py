@@ -3,9 +3,13 @@
 Per decoded token, over linear layers; attention scores are reported apart since they grow with the context.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from rana_compile.types import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def dense_flops(site: Site) -> int:
@@ -26,3 +30,9 @@ def total_dense_flops(sites: Iterable[Site]) -> int:
 def attention_flops(context: int, heads: int, head_dim: int, layers: int) -> int:
     """FLOPs of attention scores and their weighted sum for one token at a context length (never adapted)."""
     return 4 * context * heads * head_dim * layers
+
+
+def bytes_read(flops: float, itemsize: int, tensors: "Mapping[str, Tensor]") -> float:
+    """Bytes of weights and thresholds that one decoded token reads: each multiply-add uses one weight element."""
+    thresholds = sum(4 * t.numel() for name, t in tensors.items() if name.endswith("threshold"))
+    return flops / 2 * itemsize + thresholds

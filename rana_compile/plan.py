@@ -20,7 +20,7 @@ from rana_compile.adapters import FAMILIES, Tensors
 from rana_compile.flops import dense_flops, total_dense_flops
 from rana_compile.types import ConfigError, PlanError, Site, Skipped
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "rana_compile"
 
 
@@ -31,16 +31,16 @@ class SitePlan:
     Attributes:
         family: ``dense`` or a name in ``rana_compile.adapters.FAMILIES``.
         tensors: what the family stores.
-        live: mean coordinates kept per token, measured on held-back tokens.
+        live: mean coordinates kept per token by each mask, measured on held-back tokens.
         flops_kept: realised FLOPs as a share of the site's dense FLOPs.
-        error: predicted increase of the loss (nats per token), or relative squared error without gradients.
+        error: predicted increase of the loss (nats per token), corrected by what each kind of adapter measured.
         weight_hash: SHA-256 over dtype, shape and bytes of the site's weights.
     """
 
     site: Site
     family: str
     tensors: Tensors
-    live: float
+    live: tuple[float, ...]
     flops_kept: float
     error: float
     weight_hash: str
@@ -194,9 +194,9 @@ def _from_document(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 def _site_plan(entry: Mapping[str, Any], index: int, tensors: Mapping[str, Tensor]) -> SitePlan:
     keys = ("name", "kind", "weights", "d_in", "d_outs", "block")
     fields: dict[str, Any] = {k: tuple(entry[k]) if isinstance(entry[k], list) else entry[k] for k in keys}
-    site = Site(**fields, transposed=entry.get("transposed", False))
+    site = Site(**fields, transposed=entry["transposed"], activation=entry["activation"])
     stored = FAMILIES[entry["family"]].stored if entry["family"] != "dense" else ()
-    rest = {k: entry[k] for k in ("family", "live", "flops_kept", "error", "weight_hash")}
+    rest = {k: entry[k] for k in ("family", "flops_kept", "error", "weight_hash")} | {"live": tuple(entry["live"])}
     return SitePlan(site=site, tensors={k: tensors[f"{index}.{k}"] for k in stored}, **rest)
 
 

@@ -1,26 +1,29 @@
-"""From evidence to choices of one candidate per site under the budget.
+"""From evidence to choices of one candidate per site.
 
-To add a recipe: a function and a line in ``RECIPES``.
+A recipe either offers candidates, among which one global allocation chooses (``GLOBAL``), or chooses itself
+(``DIRECT``; a callable of the same form may be given to ``calibrate``). To add one: a function and a line.
 
-``neuron``  neuron adapters everywhere, loss-aware thresholds, one global allocation.
 ``auto``    every family competes at every site under the same allocation: the best we have.
+``neuron``  neuron adapters everywhere, loss-aware thresholds, the same allocation.
 ``rana``    the paper's (METHOD.md, algorithms 1–3): uniform ratio, rank adapters judged by retained energy,
             MLP budgets split by the error of the MLP's output, o_proj and lm_head dense.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from rana_compile.adapters import FAMILIES
+from rana_compile.adapters import FAMILIES, adapter_flops
 from rana_compile.allocation import Option, allocate
 from rana_compile.fitting import (
     Candidate,
     Evidence,
     dense_candidate,
+    gated_candidates,
+    neuron_at,
     neuron_candidates,
     output_basis_of,
     quantiles,
@@ -34,7 +37,7 @@ SHARES = tuple(range(3, 10))  # of eighteenths
 
 @dataclass(frozen=True)
 class Mlp:
-    """A matched MLP for the recipes that look at its output: sites, and the region between as a callable."""
+    """A matched MLP: its sites, and the region between as a callable of the outputs of the inputs' linears."""
 
     inputs: tuple[Site, ...]
     down: Site
@@ -42,38 +45,53 @@ class Mlp:
 
 
 Choice = dict[Site, Candidate]
+Candidates = dict[Site, list[Candidate]]
+Recipe = Callable[[Sequence[Evidence], Sequence[Mlp], float], Choice]
 
 
-def choose_neuron(evidence: Sequence[Evidence], mlps: Sequence[Mlp], budget: float) -> list[Choice]:
-    return [_allocated(evidence, budget, [[dense_candidate(e), *neuron_candidates(e)] for e in evidence])]
+def neuron_recipe(evidence: Sequence[Evidence], mlps: Sequence[Mlp], share: float) -> Candidates:
+    return {e.site: [dense_candidate(e), *neuron_candidates(e)] for e in evidence}
 
 
-def choose_auto(evidence: Sequence[Evidence], mlps: Sequence[Mlp], budget: float) -> list[Choice]:
-    """Without and with rank adapters, where that differs: predicted prices favour them, so both are measured."""
-    neuron = [[dense_candidate(e), *neuron_candidates(e)] for e in evidence]
-    every = [[*few, *rank_candidates(e)] for few, e in zip(neuron, evidence, strict=True)]
-    choices = [_allocated(evidence, budget, candidates) for candidates in (neuron, every)]
-    families = [{c.family for c in choice.values()} for choice in choices]
-    return choices if families[1] - {"dense", "neuron"} else choices[:1]
+def auto_recipe(evidence: Sequence[Evidence], mlps: Sequence[Mlp], share: float) -> Candidates:
+    candidates = neuron_recipe(evidence, mlps, share)
+    by_site = {e.site: e for e in evidence}
+    first = solve(candidates, share * sum(map(dense_flops, candidates)))
+    for mlp in mlps:  # what a gate saves depends on what down drops anyway
+        for site in mlp.inputs:
+            candidates[site] += gated_candidates(by_site[site], by_site[mlp.down], first[mlp.down])
+    for e in evidence:
+        candidates[e.site] += rank_candidates(e)
+    return candidates
 
 
-def _allocated(evidence: Sequence[Evidence], budget: float, candidates: list[list[Candidate]]) -> Choice:
-    """One candidate per site under one budget, a share of the dense FLOPs of all sites."""
-    total = sum(dense_flops(e.site) for e in evidence)
-    chosen = allocate([[c.option for c in options] for options in candidates], budget * total)
-    return {e.site: options[k] for e, options, k in zip(evidence, candidates, chosen, strict=True)}
+Measure = Callable[[Site, Candidate], float]
 
 
-def choose_rana(evidence: Sequence[Evidence], mlps: Sequence[Mlp], budget: float) -> list[Choice]:
+def solve(
+    candidates: Candidates, budget: float, cost: Measure | None = None, price: Measure | None = None
+) -> Choice:
+    """One candidate per site under one budget. ``cost`` and ``price`` default to the candidates' own.
+
+    Raises ConfigError if the budget cannot be reached.
+    """
+    cost = cost or (lambda site, c: c.option.cost)
+    price = price or (lambda site, c: c.option.price)
+    options = [[Option(cost(site, c), price(site, c)) for c in each] for site, each in candidates.items()]
+    chosen = allocate(options, budget)
+    return {site: each[k] for (site, each), k in zip(candidates.items(), chosen, strict=True)}
+
+
+def rana_recipe(evidence: Sequence[Evidence], mlps: Sequence[Mlp], share: float) -> Choice:
     by_site = {e.site: e for e in evidence}
     in_mlp = {s for m in mlps for s in (*m.inputs, m.down)}
     adapted = in_mlp | {site for site in by_site if site.kind == "stacked"}
-    ratio = _uniform_ratio(by_site, adapted, budget)
+    ratio = _uniform_ratio(by_site, adapted, share)
     choice = {site: dense_candidate(e) for site, e in by_site.items() if site not in adapted}
     choice |= {site: best_rank(by_site[site], ratio) for site in adapted - in_mlp}
     for mlp in mlps:
         choice |= _split_mlp(mlp, by_site, ratio)
-    return [choice]
+    return choice
 
 
 def _uniform_ratio(by_site: Mapping[Site, Evidence], adapted: set[Site], budget: float) -> float:
@@ -114,18 +132,13 @@ def best_rank(evidence: Evidence, ratio: float) -> Candidate:
     live = float((energies[:, :r] >= level).sum()) / len(energies)
     tensors = {"output_basis": output_basis[:, :r], "threshold": torch.full((r,), level**0.5)}
     lost = 1 - best[0] / float(energies.sum())
-    return Candidate("rank", tensors, live, Option(FAMILIES["rank"].flops(site, live, tensors), lost))
-
-
-def _neuron_at(evidence: Evidence, ratio: float) -> Candidate:
-    if ratio >= 1:
-        return dense_candidate(evidence)
-    return next(neuron_candidates(evidence, "column", (ratio,)))
+    return Candidate("rank", tensors, (live,), Option(adapter_flops(FAMILIES["rank"], site, (live,), tensors), lost))
 
 
 def _split_mlp(mlp: Mlp, by_site: Mapping[Site, Evidence], ratio: float) -> Choice:
     """Algorithm 2: the split of the MLP's budget, in eighteenths, with the least error of its output."""
     down = by_site[mlp.down]
+    weight = down.weight
     sites = [*mlp.inputs, mlp.down]
     total = ratio * sum(map(dense_flops, sites))
     shares = SHARES if len(sites) == 3 else range(3, 16)
@@ -134,17 +147,18 @@ def _split_mlp(mlp: Mlp, by_site: Mapping[Site, Evidence], ratio: float) -> Choi
         evidence = by_site[site]
         fitted = {s: _rank_or_none(evidence, total * s / 18 / dense_flops(site)) for s in shares}
         options.append({s: (c, _run(c, evidence)) for s, c in fitted.items() if c is not None})
-    exact = mlp.hidden(*(by_site[s].x @ by_site[s].weight.t() for s in mlp.inputs)) @ down.weight.t()
+    exact = mlp.hidden(*(by_site[s].x @ by_site[s].weight.t() for s in mlp.inputs)) @ weight.t()
+    lasts = {s: neuron_at(down, min(total * s / 18 / dense_flops(mlp.down), 1.0)) for s in shares}
     best: tuple[float, list[Candidate]] | None = None
     for combo in product(*(o.items() for o in options)):
         rest = 18 - sum(s for s, _ in combo)
         if rest not in shares:
             continue
         hidden = mlp.hidden(*(y for _, (_, y) in combo))
-        last = _neuron_at(down, min(total * rest / 18 / dense_flops(mlp.down), 1.0))
+        last = lasts[rest]
         if last.family != "dense":
-            hidden = hidden * (hidden.abs() >= last.tensors["threshold"])
-        error = float((hidden @ down.weight.t() - exact).square().sum())
+            hidden = hidden * (hidden.abs() >= last.tensors["threshold"][0])
+        error = float((hidden @ weight.t() - exact).square().sum())
         if best is None or error < best[0]:
             best = (error, [*(c for _, (c, _) in combo), last])
     if best is None:
@@ -160,17 +174,18 @@ def _rank_or_none(evidence: Evidence, ratio: float) -> Candidate | None:
 
 
 def _run(candidate: Candidate, evidence: Evidence) -> Tensor:
-    weight = evidence.weight
+    x, weight = evidence.x, evidence.weight
     if candidate.family == "dense":
-        return evidence.x @ weight.t()
+        return x @ weight.t()
     family = FAMILIES[candidate.family]
     tensors = candidate.tensors | family.derive([weight], candidate.tensors)
-    return family.forward(evidence.x, [weight], [None], tensors)[0]
+    site = replace(evidence.site, d_outs=(evidence.site.d_out,))
+    return family.forward(site, x, [weight], [None], tensors)[0]
 
 
-# Each gives one or more choices; the one whose outputs diverge least on held-back batches becomes the plan.
-RECIPES: dict[str, Callable[[Sequence[Evidence], Sequence[Mlp], float], list[Choice]]] = {
-    "auto": choose_auto,
-    "neuron": choose_neuron,
-    "rana": choose_rana,
+GLOBAL: dict[str, Callable[[Sequence[Evidence], Sequence[Mlp], float], Candidates]] = {
+    "auto": auto_recipe,
+    "neuron": neuron_recipe,
 }
+DIRECT: dict[str, Recipe] = {"rana": rana_recipe}
+RECIPES = (*GLOBAL, *DIRECT)

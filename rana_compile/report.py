@@ -56,5 +56,5 @@ def totals(plan: "Plan") -> str:
 def _row(entry: "SitePlan") -> tuple[str, ...]:
     basis = entry.tensors.get("output_basis")
     rank = "" if basis is None else str(basis.shape[1])
-    live = "" if entry.family == "dense" else f"{entry.live:.0f}"
+    live = "" if entry.family == "dense" else " + ".join(f"{n:.0f}" for n in entry.live)
     return entry.site.name, entry.family, rank, live, f"{entry.flops_kept:.1%}", f"{entry.error:.2e}"

@@ -22,7 +22,8 @@ from torch._guards import CompileContext, TracingContext, compile_context, traci
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rana_compile.binding import bound_plans, plainly, stamp
-from rana_compile.calibration import check_arguments, fit_recorded
+from rana_compile.calibration import check_recipe, fit_recorded
+from rana_compile.correction import Target
 from rana_compile.config import BackendOptions
 from rana_compile.objective import divergence
 from rana_compile.passes.find import bind_sites, find_sites
@@ -308,7 +309,7 @@ def profiled(
 
     Raises ConfigError for bad options.
     """
-    check_arguments(options.flops_budget, options.recipe)
+    check_recipe(options.recipe, Target.of(options.flops_budget, None, None))
     nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
     names = {name: i for i, node in enumerate(nodes) if (name := source_name(node))}
     keep = parameter_filter(options.include, options.exclude, list(names))

@@ -14,15 +14,20 @@ from torch import Tensor
 class Sample:
     """A uniform reservoir of token rows of one site (Vitter 1985), deterministic for a seed.
 
+    Samples of one seed and capacity that were offered as many rows keep the same ones.
+
     Attributes:
         capacity: most rows kept.
-        x: inputs [rows, d_in], in the model's dtype.
-        u: input gradients of the summed loss [rows, d_in] in bfloat16's range, or None before a backward pass.
+        parts: linears of the site.
+        x: inputs [rows, d_in], bfloat16.
+        u: input gradients of the summed loss through each linear [rows, parts, d_in], bfloat16, or None before a
+            backward pass.
         fresh: whether a row [rows] was left out of the second moments, so that it may price a basis fitted on them.
         seen: rows offered so far.
     """
 
     capacity: int
+    parts: int
     seed: int
     x: Tensor | None = None
     u: Tensor | None = None
@@ -38,20 +43,25 @@ class Sample:
     def rows(self) -> int:
         return min(self.seen, self.capacity)
 
+    def same_rows(self, other: "Sample") -> bool:
+        """Whether both kept the same rows."""
+        mine, others = ((s.seed, s.capacity, s.seen) for s in (self, other))
+        return mine == others
+
     def offer(self, x: Tensor, fresh: bool = True) -> tuple[Tensor, Tensor]:
         """Take rows of x [n, d_in] in; returns (rows of x taken, slots they went to) to pair gradients with."""
         taken, slots = self._draw(x.shape[0])
         if self.x is None:
-            self.x = torch.zeros(self.capacity, x.shape[1], dtype=x.dtype)
-        self.x[slots] = x[taken].detach().cpu()
+            self.x = torch.zeros(self.capacity, x.shape[1], dtype=torch.bfloat16)
+        self.x[slots] = x[taken].detach().to("cpu", torch.bfloat16)
         self.fresh[slots] = fresh
         return taken, slots
 
-    def offer_gradient(self, u: Tensor, taken: Tensor, slots: Tensor) -> None:
-        """The gradients of rows taken before: u [n, d_in]."""
+    def offer_gradient(self, part: int, u: Tensor, taken: Tensor, slots: Tensor) -> None:
+        """The gradients through one linear of rows taken before: u [n, d_in]."""
         if self.u is None:
-            self.u = torch.zeros(self.capacity, u.shape[1], dtype=torch.bfloat16)
-        self.u[slots] = u[taken].detach().to("cpu", torch.bfloat16)
+            self.u = torch.zeros(self.capacity, self.parts, u.shape[1], dtype=torch.bfloat16)
+        self.u[slots, part] = u[taken].detach().to("cpu", torch.bfloat16)
 
     def _draw(self, n: int) -> tuple[Tensor, Tensor]:
         position = torch.arange(self.seen, self.seen + n)

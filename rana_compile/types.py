@@ -39,6 +39,7 @@ class Site:
         d_outs: output features of each weight.
         block: the MLP it belongs to (a module name), or None.
         transposed: whether the parameters are stored [d_in, d_out], as GPT-2's Conv1D does.
+        activation: the function between gate and product of a ``gate_up``, where the kernels know it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Site:
     d_outs: tuple[int, ...]
     block: str | None = None
     transposed: bool = False
+    activation: str | None = None
 
     @property
     def d_out(self) -> int:

@@ -16,6 +16,7 @@ LAYERS = (
     {"kernels"},
     {"adapters", "allocation", "statistics", "objective", "fitting", "recipes", "plan", "report", "binding"},
     {"passes"},
+    {"correction"},
     {"calibration", "evaluation"},
     {"self_calibration"},
     {"backend"},

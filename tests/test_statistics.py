@@ -9,36 +9,48 @@ from rana_compile.statistics import LogHistogram, Sample
 
 
 def test_sample_keeps_everything_while_there_is_room() -> None:
-    sample = Sample(10, seed=0)
+    sample = Sample(10, 2, seed=0)
     x = torch.arange(12.0).view(6, 2)
     for part in x.split(2):
         taken, slots = sample.offer(part)
-        sample.offer_gradient(part * 2, taken, slots)
+        sample.offer_gradient(0, part * 2, taken, slots)
+        sample.offer_gradient(1, part * 3, taken, slots)
     assert sample.rows == 6
-    assert torch.equal(sample.x[:6], x)
+    assert torch.equal(sample.x[:6].float(), x)
     assert sample.fresh.all()
-    assert torch.equal(sample.u[:6].float(), x * 2)
+    assert torch.equal(sample.u[:6].float(), torch.stack([x * 2, x * 3], 1))
 
 
 def test_sample_pairs_gradients_with_their_rows_and_stays_bounded() -> None:
-    sample = Sample(16, seed=0)
+    sample = Sample(16, 1, seed=0)
     for start in range(0, 400, 40):
         x = torch.arange(start, start + 40.0).view(-1, 1) % 128  # exact in bfloat16
         taken, slots = sample.offer(x)
-        sample.offer_gradient(-x, taken, slots)
+        sample.offer_gradient(0, -x, taken, slots)
     assert sample.rows == 16
-    assert torch.equal(sample.u.float(), -sample.x)
+    assert torch.equal(sample.u[:, 0], -sample.x)
 
 
 def test_sample_is_uniform_and_repeats_for_a_seed() -> None:
     def mean(seed: int) -> float:
-        sample = Sample(200, seed)
+        sample = Sample(200, 1, seed)
         for part in torch.arange(5000.0).view(-1, 1).split(500):
             sample.offer(part)
-        return float(sample.x.mean())
+        return float(sample.x.float().mean())
 
     assert mean(3) == mean(3)
     assert abs(mean(3) - 2500) < 4 * 5000 / 12**0.5 / 200**0.5  # four standard errors
+
+
+def test_samples_of_one_seed_keep_the_same_rows() -> None:
+    one, other, longer = Sample(16, 1, 0), Sample(16, 3, 0), Sample(16, 1, 0)
+    for part in torch.arange(120.0).view(-1, 1).split(40):
+        one.offer(part)
+        other.offer(part + 0.5)
+        longer.offer(part)
+    longer.offer(torch.zeros(1, 1))
+    assert one.same_rows(other) and torch.equal(one.x.float().floor(), other.x.float().floor())
+    assert not one.same_rows(longer)
 
 
 @given(st.floats(0.02, 0.98), st.integers(0, 100))

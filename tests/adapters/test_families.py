@@ -6,51 +6,66 @@ import pytest
 import torch
 from torch import Tensor
 
-from rana_compile.adapters import FAMILIES, Tensors
+from rana_compile.adapters import FAMILIES, Tensors, adapter_flops
 from rana_compile.kernels import ops
 from rana_compile.types import Site
 
 D_OUTS = (7, 5, 12)
 D_IN = 19
-SITE = Site("s", "stacked", ("a", "b", "c"), D_IN, D_OUTS)
+H = 11
+STACK = Site("s", "stacked", ("a", "b", "c"), D_IN, D_OUTS)
+GATE_UP = Site("s", "gate_up", ("a", "b"), D_IN, (H, H), activation="silu")
+SITES = {"neuron": STACK, "rank": STACK, "low_rank": STACK, "gated": GATE_UP}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of the dtype's eps
 
 
-def weights_of(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor | None]]:
-    weights = [torch.randn(n, D_IN) for n in D_OUTS]
-    biases: list[Tensor | None] = [torch.randn(D_OUTS[0]), None, torch.randn(D_OUTS[2])]
+def weights_of(family: str, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor | None]]:
+    sizes = SITES[family].d_outs
+    weights = [torch.randn(n, D_IN) for n in sizes]
+    biases: list[Tensor | None] = [torch.randn(n) if i != 1 else None for i, n in enumerate(sizes)]
     return [w.to(dtype) for w in weights], [None if b is None else b.to(dtype) for b in biases]
 
 
 def stored(family: str, weights: list[Tensor], threshold: float) -> Tensors:
+    if family == "gated":
+        return {"threshold": torch.full((1, D_IN), threshold), "gate_threshold": torch.full((H,), threshold)}
+    if family == "neuron":  # a mask for each linear, all different
+        return {"threshold": torch.full((len(D_OUTS), D_IN), threshold) * torch.tensor([[1.0], [0.5], [1.5]])}
     basis = torch.linalg.svd(torch.cat(weights).double(), full_matrices=False)[0][:, :9].to(torch.float32)
-    sizes = {"threshold": D_IN if family == "neuron" else 9}
-    every = {"output_basis": basis.contiguous(), "threshold": torch.full((sizes["threshold"],), threshold)}
+    every = {"output_basis": basis.contiguous(), "threshold": torch.full((9,), threshold)}
     return {k: every[k] for k in FAMILIES[family].stored}
+
+
+def masked(z: Tensor, threshold: Tensor) -> Tensor:
+    return z * (z.abs() >= threshold.double())
 
 
 def exact(family: str, x: Tensor, weights: list[Tensor], biases: list[Tensor | None], tensors: Tensors) -> Tensor:
     """y = A (m * T x) + b in float64."""
-    weight = torch.cat(weights).double()
+    x = x.double()
+    shifts = [0.0 if b is None else b.double() for b in biases]
     if family == "neuron":
-        left, right = weight, torch.eye(D_IN, dtype=torch.float64)
-    else:
-        left = tensors["output_basis"].double()
-        right = left.t() @ weight
-    z = x.double() @ right.t()
-    kept = z.abs() >= tensors["threshold"].double() if "threshold" in tensors else torch.ones_like(z)
-    bias = torch.cat([torch.zeros(n) if b is None else b for n, b in zip(D_OUTS, biases, strict=True)])
-    return (z * kept) @ left.t() + bias.double()
+        masks = [masked(x, t) for t in tensors["threshold"]]
+        return torch.cat([z @ w.double().t() + b for z, w, b in zip(masks, weights, shifts, strict=True)], -1)
+    if family == "gated":
+        gate = masked(x, tensors["threshold"][0]) @ weights[0].double().t() + shifts[0]
+        alive = torch.nn.functional.silu(gate).abs() >= tensors["gate_threshold"].double()
+        return torch.cat([gate, (x @ weights[1].double().t() + shifts[1]) * alive], -1)
+    basis = tensors["output_basis"].double()
+    z = x @ (basis.t() @ torch.cat(weights).double()).t()
+    kept = masked(z, tensors["threshold"]) if "threshold" in tensors else z
+    bias = torch.cat([torch.zeros(n).double() if b is None else b.double() for n, b in zip(D_OUTS, biases, strict=True)])
+    return kept @ basis.t() + bias
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("threshold", [0.0, 0.7, 1e9], ids=["all live", "some", "none"])
 def test_plain_form_is_the_formula(family: str, threshold: float) -> None:
-    weights, biases = weights_of()
+    weights, biases = weights_of(family)
     tensors = stored(family, weights, threshold)
     x = torch.randn(4, 3, D_IN)
     full = tensors | FAMILIES[family].derive(weights, tensors)
-    y = torch.cat(FAMILIES[family].forward(x, weights, biases, full), -1)
+    y = torch.cat(FAMILIES[family].forward(SITES[family], x, weights, biases, full), -1)
     torch.testing.assert_close(y.double(), exact(family, x, weights, biases, tensors), rtol=1e-5, atol=1e-5)
 
 
@@ -58,27 +73,27 @@ def test_plain_form_is_the_formula(family: str, threshold: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernels_compute_the_plain_form(family: str, dtype: torch.dtype) -> None:
     ops.load("cpu")
-    weights, biases = weights_of(dtype)
+    weights, biases = weights_of(family, dtype)
     tensors = stored(family, weights, 0.7)
     x = torch.randn(1, 1, D_IN).to(dtype)
     full = tensors | FAMILIES[family].derive(weights, tensors)
-    plain = torch.cat(FAMILIES[family].forward(x, weights, biases, full), -1)
+    plain = torch.cat(FAMILIES[family].forward(SITES[family], x, weights, biases, full), -1)
     bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)])
-    fast = FAMILIES[family].decode(x, FAMILIES[family].pack(weights, tensors), bias)
+    fast = FAMILIES[family].decode(SITES[family], x, FAMILIES[family].pack(SITES[family], weights, tensors), bias)
     assert fast.dtype == dtype
     torch.testing.assert_close(fast, plain, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("family", ["neuron", "rank"])
+@pytest.mark.parametrize("family", ["neuron", "rank", "gated"])
 def test_nothing_dropped_is_dense(family: str) -> None:
-    weights, biases = weights_of()
+    weights, biases = weights_of(family)
     tensors = stored(family, weights, 0.0)
     if family == "rank":
         basis = torch.linalg.svd(torch.cat(weights), full_matrices=False)[0]
         tensors = {"output_basis": basis, "threshold": torch.zeros(basis.shape[1])}
     x = torch.randn(4, D_IN)
     full = tensors | FAMILIES[family].derive(weights, tensors)
-    outputs = FAMILIES[family].forward(x, weights, biases, full)
+    outputs = FAMILIES[family].forward(SITES[family], x, weights, biases, full)
     for y, w, b in zip(outputs, weights, biases, strict=True):
         torch.testing.assert_close(y, torch.nn.functional.linear(x, w, b), rtol=1e-4, atol=1e-4)
 
@@ -86,26 +101,49 @@ def test_nothing_dropped_is_dense(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "live", "expected"),
     [
-        ("neuron", 10.0, 2 * 10 * 24),
-        ("rank", 4.0, 2 * 9 * D_IN + 2 * 4 * 24),
-        ("low_rank", 4.0, 2 * 9 * D_IN + 2 * 9 * 24),  # nothing is skipped, whatever `live` says
+        ("neuron", (10.0, 4.0, 1.0), 2 * (10 * 7 + 4 * 5 + 1 * 12)),
+        ("gated", (10.0, 4.0), 2 * 10 * H + 2 * 4 * D_IN),
+        ("rank", (4.0,), 2 * 9 * D_IN + 2 * 4 * 24),
+        ("low_rank", (), 2 * 9 * D_IN + 2 * 9 * 24),
     ],
 )
-def test_flops_by_hand(family: str, live: float, expected: float) -> None:
-    assert FAMILIES[family].flops(SITE, live, stored(family, weights_of()[0], 0.7)) == expected
+def test_flops_by_hand(family: str, live: tuple[float, ...], expected: float) -> None:
+    tensors = stored(family, weights_of(family)[0], 0.7)
+    assert adapter_flops(FAMILIES[family], SITES[family], live, tensors) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_mask_is_scaled_alone(family: str) -> None:
+    """The live coordinates of a mask follow its own factor, and what the forward pass drops follows the masks."""
+    weights, biases = weights_of(family)
+    tensors = stored(family, weights, 0.7)
+    x = torch.randn(50, D_IN)
+    chosen, site = FAMILIES[family], SITES[family]
+    tensors |= chosen.derive(weights, tensors)
+    for index in range(len(chosen.mask_flops(site))):
+        before = chosen.mask(index, site, x, weights, biases, tensors)
+        after = chosen.mask(index, site, x, weights, biases, chosen.scaled(tensors, index, 2.0))
+        torch.testing.assert_close(after.threshold, 2 * before.threshold)
+        torch.testing.assert_close(after.z, before.z)
+    nothing = tensors
+    for index in range(len(chosen.mask_flops(site))):
+        nothing = chosen.scaled(nothing, index, 1e9)
+    if chosen.mask_flops(site):
+        outputs = chosen.forward(site, x, weights, [None] * len(weights), nothing)
+        assert all(not y.any() for y in outputs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_reach_the_weights(family: str) -> None:
     """Masks carry none; everything else is differentiated as the formula is."""
-    weights, biases = weights_of(torch.float64)
+    weights, biases = weights_of(family, torch.float64)
     tensors = {k: t.double() for k, t in stored(family, weights, 0.7).items()}
     x = torch.randn(6, D_IN, dtype=torch.float64)
     weights = [w.requires_grad_() for w in weights]
 
     def run(*given: Tensor) -> Tensor:
         full = tensors | FAMILIES[family].derive(list(given), tensors)
-        return torch.cat(FAMILIES[family].forward(x, list(given), biases, full), -1)
+        return torch.cat(FAMILIES[family].forward(SITES[family], x, list(given), biases, full), -1)
 
     if family == "neuron":
         assert torch.autograd.gradcheck(run, tuple(weights), atol=1e-6)
@@ -114,11 +152,11 @@ def test_gradients_reach_the_weights(family: str) -> None:
 
 
 def test_higher_threshold_never_keeps_more() -> None:
-    weights, _ = weights_of()
+    weights, biases = weights_of("neuron")
     x = torch.randn(50, D_IN)
     counts = []
     for threshold in (0.0, 0.2, 0.5, 1.0, 3.0):
-        z = FAMILIES["neuron"].coordinates(x, stored("neuron", weights, threshold))
-        counts.append(int((z.abs() >= threshold).sum()))
+        mask = FAMILIES["neuron"].mask(0, STACK, x, weights, biases, stored("neuron", weights, threshold))
+        counts.append(int((mask.z.abs() >= mask.threshold).sum()))
     assert all(a >= b for a, b in pairwise(counts))
     assert counts[0] == 50 * D_IN

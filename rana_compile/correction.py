@@ -1,0 +1,210 @@
+"""From candidates to a choice that measures what it promises: allocate → refit thresholds → measure → correct → again.
+
+Predicted prices rank candidates of one kind well and of different kinds badly. So each kind of adapter is switched
+on alone on held-back batches; measured over predicted re-weighs its prices, and the allocation is solved again. Of
+the two choices the one that diverges less is kept.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from rana_compile.adapters import FAMILIES, Tensors
+from rana_compile.data import Batch, rows_of
+from rana_compile.fitting import Candidate
+from rana_compile.objective import divergence, main_output
+from rana_compile.passes.interpret import Handler
+from rana_compile.passes.record import Adapted, dense_handler
+from rana_compile.progress import Progress
+from rana_compile.recipes import Candidates, Choice, Measure, solve
+from rana_compile.types import ConfigError, Site
+
+REFIT_TOKENS = 8192  # that thresholds are refitted on
+CHECK_TOKENS = 1024  # that each kind of adapter is measured on, alone
+MAX_REFITS = 3
+MAX_SEARCHES = 5  # plans fitted to find the cheapest within a loss increase
+TOLERANCE = 0.01  # relative miss of the chosen cost that is accepted without another refit
+DEFAULT_SHARE = 0.6
+
+Unit = Literal["flops", "bytes", "loss"]
+Kind = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked: a share of FLOPs or bytes to keep, or a loss increase (nats) not to exceed."""
+
+    unit: Unit
+    value: float
+
+    @classmethod
+    def of(cls, flops: float | None, bytes_: float | None, loss: float | None) -> "Target":
+        """The one budget that is given, or the default. Raises ConfigError."""
+        given = {"flops_budget": flops, "bytes_budget": bytes_, "max_loss_increase": loss}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} contradict each other; give one budget")
+        name, value = next(iter(given.items()), ("flops_budget", DEFAULT_SHARE))
+        most = math.inf if name == "max_loss_increase" else 1
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= most:
+            expected = "a positive number of nats" if name == "max_loss_increase" else "a share in (0, 1]"
+            raise ConfigError(f"{name} is {value!r}; expected {expected}")
+        units: dict[str, Unit] = {"flops_budget": "flops", "bytes_budget": "bytes", "max_loss_increase": "loss"}
+        return cls(units[name], float(value))
+
+    @property
+    def share(self) -> float:
+        """The share of FLOPs that candidates are made for."""
+        return DEFAULT_SHARE if self.unit == "loss" else self.value
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Candidates of all sites, and what they cost in the target's unit (None: FLOPs)."""
+
+    candidates: Candidates
+    cost: Measure | None = None
+
+    def solve(self, share: float, price: Measure | None = None) -> Choice:
+        """The allocation that keeps this share of the dense cost."""
+        cost = self.cost or (lambda site, c: c.option.cost)
+        total = sum(cost(site, next(c for c in each if c.family == "dense")) for site, each in self.candidates.items())
+        return solve(self.candidates, share * total, self.cost, price)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A choice with refitted thresholds, and what was measured of it on held-back batches."""
+
+    choice: Choice
+    adapted: Adapted
+    divergence: float
+
+
+class Fitter:
+    """Fits choices on the batches of one calibration. ``run(handler, batch)`` gives the model's output."""
+
+    def __init__(
+        self, run: Callable[[Handler, Batch], Any], fitting: Sequence[Batch], held_back: Sequence[Batch], bar: Progress
+    ) -> None:
+        self._run, self._bar, self._held_back = run, bar, held_back
+        self.everything = thinned([*fitting, *held_back], REFIT_TOKENS)
+
+    def search(self, problem: Problem, target: Target) -> Fitted:
+        """The best plan found for the target. Raises ConfigError if none meets it."""
+        if target.unit == "loss":
+            return self._cheapest(problem, target.value)
+        first = self.fitted(problem.solve(target.value), thinned(self.everything, REFIT_TOKENS // 2))
+        weights = self._weights(first)
+        second = self.fitted(problem.solve(target.value, weights), self.everything)
+        best = min((second, first), key=lambda f: f.divergence)
+        return replace(best, choice=_priced(best.choice, weights))
+
+    def _cheapest(self, problem: Problem, most: float) -> Fitted:
+        """The cheapest plan whose measured divergence is at most this, by bisection between confirmed and refused."""
+        share, low, high = DEFAULT_SHARE, 0.0, 1.0
+        best: Fitted | None = None
+        weights: Measure | None = None
+        seen: list[str] = []
+        for _ in range(MAX_SEARCHES):
+            fitted = self.fitted(problem.solve(share, weights), self.everything)
+            seen.append(f"{fitted.divergence:.4f} at {share:.0%}")
+            weights = weights or self._weights(fitted)
+            if fitted.divergence <= most:
+                high, best = share, fitted
+            else:
+                low = share
+            share = _next_share(share, fitted.divergence / most, low, high)
+        if best is None:
+            raise ConfigError(
+                f"no plan within a loss increase of {most} nats was found (measured {', '.join(seen)}); raise "
+                "max_loss_increase, or give more or more typical calibration data"
+            )
+        return replace(best, choice=_priced(best.choice, weights) if weights else best.choice)
+
+    def fitted(self, choice: Choice, batches: Sequence[Batch]) -> Fitted:
+        """The choice with thresholds that realise its cost when all adapters are on, and what was measured of it."""
+        live = {site: c.live for site, c in choice.items() if c.live}
+        wanted = sum(c.option.cost for c in choice.values())
+        for _ in range(MAX_REFITS):
+            choice = self._refit(choice, batches, live)
+            adapted = Adapted(_adapters(choice))
+            (measured,) = self._divergences([adapted], self._held_back)
+            miss = sum(map(adapted.flops, choice)) / wanted - 1
+            if abs(miss) <= TOLERANCE or not live:
+                break
+            live = {site: tuple(n / (1 + miss) for n in each) for site, each in live.items()}
+        return Fitted(choice, adapted, measured)
+
+    def _refit(self, choice: Choice, batches: Sequence[Batch], live: Mapping[Site, Sequence[float]]) -> Choice:
+        """Thresholds again, on the inputs each site sees when the sites before it are adapted."""
+        refitting = Adapted(_adapters(choice), live)
+        for batch in batches:
+            self._bar.say("refitting thresholds with the adapters on")
+            self._run(refitting, batch)
+            self._bar.step()
+        return {site: _scaled(c, refitting.scale.get(site, ())) for site, c in choice.items()}
+
+    def _divergences(self, handlers: Sequence[Handler], batches: Sequence[Batch]) -> list[float]:
+        """Divergence from the dense model with each handler, in nats per row."""
+        totals, rows = [0.0] * len(handlers), 0
+        for batch in batches:
+            self._bar.say("measuring on held-back batches")
+            dense = main_output(self._run(dense_handler, batch))
+            for i, handler in enumerate(handlers):
+                totals[i] += divergence(dense, main_output(self._run(handler, batch))) * rows_of(batch)
+            rows += rows_of(batch)
+            self._bar.step()
+        return [total / max(rows, 1) for total in totals]
+
+    def _weights(self, fitted: Fitted) -> Measure:
+        """Prices as measured: each kind of adapter alone against what was predicted for it, and all together."""
+        kinds: dict[Kind, Choice] = defaultdict(dict)
+        for site, c in fitted.choice.items():
+            if c.family != "dense":
+                kinds[kind_of(site, c)][site] = c
+        handlers = [Adapted(_adapters(alone)) for alone in kinds.values()]
+        measured = self._divergences(handlers, thinned(self._held_back, CHECK_TOKENS))
+        predicted = [sum(c.option.price for c in alone.values()) for alone in kinds.values()]
+        ratio = {k: m / p if p > 0 < m else 1.0 for k, m, p in zip(kinds, measured, predicted, strict=True)}
+        together = fitted.divergence / max(sum(measured), 1e-12) if len(kinds) > 1 else 1.0
+        usual = math.exp(sum(map(math.log, ratio.values())) / max(len(ratio), 1))
+        return lambda site, c: c.option.price * ratio.get(kind_of(site, c), usual) * together
+
+
+def kind_of(site: Site, candidate: Candidate) -> Kind:
+    """Sites of one kind and shape under one family are re-weighed together."""
+    return site.kind, site.d_in, site.d_outs, candidate.family
+
+
+def _next_share(share: float, excess: float, low: float, high: float) -> float:
+    """Where the divergence should meet the target: it falls about with the cube of the share that is skipped."""
+    guess = 1 - (1 - share) / max(excess, 1e-6) ** (1 / 3)
+    margin = (high - low) / 10
+    return min(max(guess, low + margin), high - margin)
+
+
+def thinned(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """Evenly spaced batches that hold about this many tokens together, or all if they hold fewer."""
+    total = sum(map(rows_of, batches))
+    if total <= tokens:
+        return list(batches)
+    count = max(1, round(len(batches) * tokens / total))
+    return [batches[i * len(batches) // count] for i in range(count)]
+
+
+def _priced(choice: Choice, price: Measure) -> Choice:
+    return {site: replace(c, option=replace(c.option, price=price(site, c))) for site, c in choice.items()}
+
+
+def _adapters(choice: Choice) -> dict[Site, tuple[str, Tensors]]:
+    return {site: (c.family, c.tensors) for site, c in choice.items() if c.family != "dense"}
+
+
+def _scaled(candidate: Candidate, factors: Sequence[float]) -> Candidate:
+    tensors = candidate.tensors
+    for i, factor in enumerate(factors):
+        tensors = FAMILIES[candidate.family].scaled(tensors, i, factor)
+    return replace(candidate, tensors=tensors)
