@@ -5,7 +5,8 @@ streamed; per site only a bounded sample of rows (and second moments for bases) 
 """
 
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,13 +24,13 @@ from rana_compile.passes.mlp import hidden_function
 from rana_compile.passes.record import Recorder
 from rana_compile.plan import Plan, SitePlan, weight_hash
 from rana_compile.progress import Progress
-from rana_compile.recipes import DIRECT, GLOBAL, RECIPES, Measure, Mlp, Recipe
+from rana_compile.recipes import DIRECT, GLOBAL, RECIPES, SEPARATE_GATES, Measure, Mlp, Recipe
 from rana_compile.statistics import Sample
 from rana_compile.types import ConfigError, RanaError, Site, Skipped, parameter_filter
 
 SAMPLE_BYTES = 1_000_000_000  # for all samples together
-MAX_SAMPLE_ROWS = 4096
-RECORD_TOKENS = 6144  # for which gradients are computed
+MAX_SAMPLE_ROWS = 2048
+RECORD_TOKENS = 4096  # for which gradients are computed
 
 
 def calibrate(
@@ -72,19 +73,33 @@ def calibrate(
     """
     target = Target.of(flops_budget, bytes_budget, max_loss_increase)
     check_recipe(recipe, target)
-    keep = parameter_filter(include, exclude, [name for name, _ in model.named_parameters(remove_duplicate=False)])
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    separate = isinstance(recipe, str) and recipe in SEPARATE_GATES
+    with calibration(model, batches, include, exclude, seed, progress, separate) as session:
+        return session.fit(target, recipe)
+
+
+@contextmanager
+def calibration(
+    model: torch.nn.Module,
+    batches: Iterable[Any],
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    separate_gates: bool = False,
+) -> Iterator["Session"]:
+    """A session whose ``fit`` may be called for many budgets and recipes on what was recorded once.
+
+    Arguments and errors as of ``calibrate``; ``separate_gates`` is what recipe ``rana`` needs.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    keep = parameter_filter(include, exclude, list(parameters))
+    device = next((p.device for p in parameters.values()), torch.device("cpu"))
     data = as_batches(batches, device)
     _check_vocabulary(model, data)
-    fitting, held_back = split_held_back(data)
-    steps = len(thinned(fitting, RECORD_TOKENS)) + 2 * (len(data) + 2 * len(held_back))
-    with (
-        undisturbed(model),
-        capturing(model, keep, recipe == "rana") as (run, capture),
-        Progress(progress, steps) as bar,
-    ):
-        session = _Session(dict(model.named_parameters(remove_duplicate=False)), run, capture, bar, seed)
-        return session.fit(fitting, held_back, target, recipe)
+    with undisturbed(model), capturing(model, keep, separate_gates) as (run, capture):
+        with Progress(progress, 3 * len(data)) as bar:
+            yield Session(parameters, run, capture, bar, seed, *split_held_back(data))
 
 
 def fit_recorded(
@@ -111,8 +126,9 @@ def fit_recorded(
     batches: list[Batch] = [{"rows": torch.empty(1, rows, device="meta"), "call": call} for rows, call in calls]
     fitting, held_back = split_held_back(batches)
     with Progress(False, 1) as bar:
-        session = _Session(parameters, lambda rows, call: replay(call, capture.current), capture, bar, seed)
-        plan = session.fit(fitting, held_back, Target("flops", flops_budget), recipe)
+        run = lambda rows, call: replay(call, capture.current)  # noqa: E731
+        session = Session(parameters, run, capture, bar, seed, fitting, held_back)
+        plan = session.fit(Target("flops", flops_budget), recipe)
     return plan, [batch["call"] for batch in held_back]
 
 
@@ -155,8 +171,8 @@ def _check_vocabulary(model: torch.nn.Module, data: Sequence[Batch]) -> None:
             )
 
 
-class _Session:
-    """One calibration: what the stages share. Lives only inside ``calibrate``."""
+class Session:
+    """One calibration: the data, and what was recorded of it. ``found`` holds sites, MLPs and what was skipped."""
 
     def __init__(
         self,
@@ -165,30 +181,33 @@ class _Session:
         capture: "Capture | _Recorded",
         bar: Progress,
         seed: int,
+        fitting: Sequence[Batch],
+        held_back: Sequence[Batch],
     ) -> None:
         self.parameters = parameters
         self.run, self.capture, self.bar, self.seed = run, capture, bar, seed
-        self.tokens = 0
+        self.fitting, self.held_back = fitting, held_back
+        self._recorder: Recorder | None = None
 
-    def fit(self, fitting: list[Batch], held_back: list[Batch], target: Target, recipe: str | Recipe) -> Plan:
-        chosen = GLOBAL.get(recipe) if isinstance(recipe, str) else None
-        self.tokens = sum(map(rows_of, fitting))
-        recorder = self._record(thinned(fitting, RECORD_TOKENS), with_bases=recipe != "neuron")
+    def fit(self, target: Target, recipe: str | Recipe = "auto") -> Plan:
+        """A plan for the target. Raises ConfigError if it cannot be reached, RanaError as ``calibrate`` does."""
+        check_recipe(recipe, target)
+        recorder = self._record()
         found = self.capture.found[0]
         evidence = [self._evidence(site, sample, recorder) for site, sample in recorder.samples.items()]
         mlps = self._mlps(found, recorder)
-        fitter = Fitter(self._run_with, fitting, held_back, self.bar)
+        fitter = Fitter(self.run_with, self.fitting, self.held_back, self.bar)
         self.bar.say("choosing adapters")
-        if chosen:
-            problem = Problem(chosen(evidence, mlps, target.share), self._cost_of(target))
-            recorder.samples.clear()
+        if isinstance(recipe, str) and recipe in GLOBAL:
+            problem = Problem(GLOBAL[recipe](evidence, mlps, target.share), self._cost_of(target))
             fitted = fitter.search(problem, target)
         else:
             direct = DIRECT[recipe] if isinstance(recipe, str) else recipe
             fitted = fitter.fitted(direct(evidence, mlps, target.share), fitter.everything)
         return self._plan(fitted, target, recipe, found)
 
-    def _run_with(self, handler: Handler, batch: Batch) -> Any:
+    def run_with(self, handler: Handler, batch: Batch) -> Any:
+        """The model's output with every site in the handler's hands."""
         self.capture.handler = handler
         return self.run(**batch)
 
@@ -200,20 +219,25 @@ class _Session:
     def _itemsize(self, site: Site) -> int:
         return self.parameters[site.weights[0]].dtype.itemsize
 
-    def _record(self, batches: list[Batch], with_bases: bool) -> Recorder:
+    def _record(self) -> Recorder:
+        """Samples and moments of all sites, from one pass with gradients."""
+        if self._recorder is not None:
+            return self._recorder
+        batches = thinned(self.fitting, RECORD_TOKENS)
         rows = sum(map(rows_of, batches))
         recorder = Recorder(lambda: self._capacity(rows), self.seed)
         generator = torch.Generator().manual_seed(self.seed)
         for i, batch in enumerate(batches):
             self.bar.say("recording inputs and gradients")
-            recorder.basis_rows = with_bases and i % 2 == 1
-            output = self._run_with(recorder, batch)
+            recorder.basis_rows = i % 2 == 1
+            output = self.run_with(recorder, batch)
             if recorder.samples:
                 summed_loss(output, generator).backward()
             self.bar.step()
         if not recorder.samples:
             reasons = "; ".join(f"{s.name}: {s.reason}" for f in self.capture.found for s in f.skipped[:3])
             raise RanaError(f"no linear layer of the model can be adapted ({reasons or 'none was found'})")
+        self._recorder = recorder
         return recorder
 
     def _capacity(self, rows: int) -> int:
@@ -248,7 +272,7 @@ class _Session:
             "recipe": recipe if isinstance(recipe, str) else getattr(recipe, "__name__", repr(recipe)),
             "budget": {"unit": target.unit, "value": target.value},
             "seed": self.seed,
-            "tokens": self.tokens,
+            "tokens": sum(map(rows_of, self.fitting)),
             "dtype": sorted(dtype),
             "torch": torch.__version__,
             "python": platform.python_version(),

@@ -68,9 +68,7 @@ def auto_recipe(evidence: Sequence[Evidence], mlps: Sequence[Mlp], share: float)
 Measure = Callable[[Site, Candidate], float]
 
 
-def solve(
-    candidates: Candidates, budget: float, cost: Measure | None = None, price: Measure | None = None
-) -> Choice:
+def solve(candidates: Candidates, budget: float, cost: Measure | None = None, price: Measure | None = None) -> Choice:
     """One candidate per site under one budget. ``cost`` and ``price`` default to the candidates' own.
 
     Raises ConfigError if the budget cannot be reached.
@@ -189,3 +187,4 @@ GLOBAL: dict[str, Callable[[Sequence[Evidence], Sequence[Mlp], float], Candidate
 }
 DIRECT: dict[str, Recipe] = {"rana": rana_recipe}
 RECIPES = (*GLOBAL, *DIRECT)
+SEPARATE_GATES = frozenset({"rana"})  # recipes that take gate and up as sites of their own

@@ -23,8 +23,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from rana_compile.binding import bound_plans, plainly, stamp
 from rana_compile.calibration import check_recipe, fit_recorded
-from rana_compile.correction import Target
 from rana_compile.config import BackendOptions
+from rana_compile.correction import Target
 from rana_compile.objective import divergence
 from rana_compile.passes.find import bind_sites, find_sites
 from rana_compile.passes.interpret import Handler

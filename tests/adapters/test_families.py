@@ -54,7 +54,9 @@ def exact(family: str, x: Tensor, weights: list[Tensor], biases: list[Tensor | N
     basis = tensors["output_basis"].double()
     z = x @ (basis.t() @ torch.cat(weights).double()).t()
     kept = masked(z, tensors["threshold"]) if "threshold" in tensors else z
-    bias = torch.cat([torch.zeros(n).double() if b is None else b.double() for n, b in zip(D_OUTS, biases, strict=True)])
+    bias = torch.cat(
+        [torch.zeros(n).double() if b is None else b.double() for n, b in zip(D_OUTS, biases, strict=True)]
+    )
     return kept @ basis.t() + bias
 
 

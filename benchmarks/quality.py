@@ -1,0 +1,251 @@
+"""Quality of our recipes and of rival methods at equal realised cost, in one run, masks on for every scored token.
+
+    python benchmarks/quality.py --other novel.txt --out out/quality
+    python benchmarks/quality.py --model path/to/gemma --other novel.txt --budgets 0.6
+
+Calibrated on one domain (Python's own documentation), measured on held-out windows of it and on a second one.
+Nothing is fine-tuned. Prints one table for each budget, writes quality.csv and quality.png.
+"""
+
+import argparse
+import csv
+import html
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rivals import Teal, cats, global_without_correction, svd, uniform_loss, wina
+from torch import Tensor, nn
+
+from rana_compile import ConfigError, Plan
+from rana_compile.calibration import Session, calibration
+from rana_compile.correction import Target
+from rana_compile.flops import total_dense_flops
+from rana_compile.passes.record import Adapted
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from inputs import load_smollm2, pydoc_topics, sample_windows
+
+console = Console(width=150)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one budget. Increases are nats per token over the dense model on the same tokens."""
+
+    method: str
+    asked: float
+    kept: float  # of the included linears' FLOPs, realised on the calibrated domain's held-out text
+    kept_other: float
+    increase: float
+    increase_other: float
+    divergence: float  # KL(dense ‖ adapted)
+    divergence_other: float
+    greedy: float  # share of the dense model's greedy continuation that is the adapted model's choice too
+    predicted: float
+    seconds: float
+
+
+def main() -> None:
+    settings = parse_arguments()
+    torch.manual_seed(0)
+    model, tokenizer = load(settings.model)
+    windows = -(-settings.calibration_tokens // settings.length)
+    fit_on, held_out = pydoc_topics(tokenizer, settings.length, windows, settings.windows)
+    other = sample_windows(tokenizer, [text_of(settings.other)], settings.length, settings.windows)
+    fit_on, held_out, other = (with_bos(tokenizer, w) for w in (fit_on, held_out, other))
+    reference = Reference(model, tokenizer, held_out, other, settings.generated)
+    rows = []
+    for name, recipe, asked, session in methods(model, fit_on, settings):
+        begin = time.perf_counter()
+        try:
+            plan = session.fit(Target("flops", asked), recipe)
+        except ConfigError as error:
+            console.print(f"{name} at {asked:.0%}: {error}", highlight=False)
+            continue
+        seconds = time.perf_counter() - begin
+        rows.append(reference.measured(name, asked, plan, seconds, session))
+        increases = f"+{rows[-1].increase:.4f} / +{rows[-1].increase_other:.4f} nats"
+        console.print(f"{name} at {asked:.0%}: {increases}, KL {rows[-1].divergence:.4f}", highlight=False)
+        write(rows, settings.out)
+    for asked in settings.budgets:
+        print_table([r for r in rows if r.asked == asked], asked, reference)
+    plot(rows, settings.out)
+    console.print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", default="smollm2", help="smollm2, or a directory (config or one GGUF file, tokenizer)"
+    )
+    parser.add_argument(
+        "--other", type=Path, required=True, help="text file, or directory of HTML files: second domain"
+    )
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.85, 0.7, 0.6, 0.56, 0.5])
+    parser.add_argument("--methods", nargs="+", help="only these rows")
+    parser.add_argument("--ablation", action="store_true", help="what each ingredient brings, instead of the rivals")
+    parser.add_argument("--exclude", nargs="*", default=["lm_head"])
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--calibration-tokens", type=int, default=8192)
+    parser.add_argument("--windows", type=int, default=12, help="held-out windows of each domain")
+    parser.add_argument("--generated", type=int, default=256, help="tokens of the greedy continuation")
+    parser.add_argument("--out", type=Path, default=Path("out/quality"))
+    return parser.parse_args()
+
+
+def load(name: str) -> tuple[Any, Any]:
+    if name == "smollm2":
+        return load_smollm2()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    files = list(Path(name).glob("*.gguf"))
+    extra = {"gguf_file": files[0].name} if files else {}
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **extra)
+    own = (Path(name) / "tokenizer.json").exists()
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(name, **({} if own else extra))
+
+
+def text_of(path: Path) -> str:
+    if path.is_file():
+        return path.read_text(encoding="utf-8", errors="ignore")
+    pages = [p.read_text(encoding="utf-8", errors="ignore") for p in sorted(path.glob("*.html"))]
+    bodies = [re.sub(r"(?s)<(script|style).*?</\1>|<[^>]+>", " ", page) for page in pages]
+    return "\n\n".join(re.sub(r"\s+", " ", html.unescape(body)) for body in bodies)
+
+
+def with_bos(tokenizer: Any, windows: Tensor) -> Tensor:
+    """A first token, where the tokenizer puts one of its own accord."""
+    ids = tokenizer("a")["input_ids"]
+    if tokenizer.bos_token_id is None or ids[0] != tokenizer.bos_token_id:
+        return windows
+    return torch.cat([torch.full_like(windows[:, :1], ids[0]), windows[:, :-1]], 1)
+
+
+def methods(
+    model: nn.Module, fit_on: Tensor, settings: argparse.Namespace
+) -> Iterator[tuple[str, Any, float, Session]]:
+    """(name, recipe, budget, session to fit in) for every row; what all share is recorded once."""
+    rivals: dict[str, Any] = {"WINA": wina, "TEAL": Teal(model, fit_on[:1, :256]), "CATS": cats, "SVD": svd}
+    ours: dict[str, Any] = {"ours": "auto"}
+    if settings.ablation:
+        rivals = {
+            "uniform, |x|·‖W col‖": wina,
+            "uniform, loss-aware": uniform_loss,
+            "global": global_without_correction,
+        }
+        ours = {"global, corrected": "neuron", "all families": "auto"}
+    papers: dict[str, Any] = {} if settings.ablation else {"RaNA": "rana"}
+    for recipes, separate in ((rivals | ours, False), (papers, True)):
+        wanted = {name: recipe for name, recipe in recipes.items() if not settings.methods or name in settings.methods}
+        if not wanted:
+            continue
+        batches = fit_on.split(1)
+        with calibration(model, batches, exclude=settings.exclude, separate_gates=separate, progress=False) as session:
+            for asked in settings.budgets:
+                for name, recipe in wanted.items():
+                    yield name, recipe, asked, session
+
+
+class Reference:
+    """The dense model's answers on both domains, and its greedy continuation of held-out text."""
+
+    def __init__(self, model: Any, tokenizer: Any, held_out: Tensor, other: Tensor, generated: int) -> None:
+        self.model, self.domains = model, (held_out, other)
+        self.dense = [[model(input_ids=w[None], use_cache=False).logits[0].half() for w in d] for d in self.domains]
+        self.prompt = held_out[0, :32]
+        self.continued = model.generate(
+            self.prompt[None], max_new_tokens=generated, min_new_tokens=generated, do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        self.loss = [self._loss(d, w) for d, w in zip(self.dense, self.domains, strict=True)]
+
+    def _loss(self, logits: list[Tensor], windows: Tensor) -> float:
+        each = [nn.functional.cross_entropy(q[:-1].float(), w[1:]) for q, w in zip(logits, windows, strict=True)]
+        return float(torch.stack(each).mean())
+
+    def measured(self, name: str, asked: float, plan: Plan, seconds: float, session: Session) -> Row:
+        kept, increases, divergences = [], [], []
+        for windows, dense in zip(self.domains, self.dense, strict=True):
+            increase = divergence = 0.0
+            handler = Adapted({s.site: (s.family, s.tensors) for s in plan.adapted})
+            for window, p in zip(windows, dense, strict=True):
+                q = self._logits(session, handler, window).log_softmax(-1)
+                p = p.float().log_softmax(-1)
+                increase += float((p - q)[:-1].gather(1, window[1:, None]).mean())
+                divergence += float((p.exp() * (p - q)).sum(-1).mean())
+            sites = [s.site for s in plan.sites]
+            kept.append(sum(map(handler.flops, sites)) / total_dense_flops(sites))
+            increases.append(increase / len(windows))
+            divergences.append(divergence / len(windows))
+        greedy = self._agreement(session, handler)
+        predicted = sum(site.error for site in plan.sites)
+        return Row(name, asked, *kept, *increases, *divergences, greedy, predicted, seconds)
+
+    def _logits(self, session: Session, handler: Adapted, ids: Tensor) -> Tensor:
+        """[length, vocabulary]: one forward pass without a cache, masks on for every token."""
+        return session.run_with(handler, {"input_ids": ids[None], "use_cache": False}).logits[0].detach()
+
+    def _agreement(self, session: Session, handler: Adapted) -> float:
+        """Of the dense model's own greedy continuation, given as context, the share that is chosen again."""
+        choices = self._logits(session, handler, self.continued[0, :-1]).argmax(-1)
+        start = len(self.prompt) - 1
+        return float((choices[start:] == self.continued[0, start + 1 :]).float().mean())
+
+
+def print_table(rows: list[Row], asked: float, reference: Reference) -> None:
+    dense = " / ".join(f"{loss:.3f}" for loss in reference.loss)
+    table = Table(title=f"asked {asked:.0%} of the included linears' FLOPs; dense loss {dense} nats")
+    header = ("method", "kept", "kept, other", "loss +", "other +", "KL", "KL, other", "greedy", "predicted", "fit, s")
+    for column in header:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for r in sorted(rows, key=lambda r: r.increase + r.increase_other):
+        table.add_row(
+            r.method, f"{r.kept:.1%}", f"{r.kept_other:.1%}", f"{r.increase:.4f}", f"{r.increase_other:.4f}",
+            f"{r.divergence:.4f}", f"{r.divergence_other:.4f}", f"{r.greedy:.1%}", f"{r.predicted:.4f}", f"{r.seconds:.0f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def write(rows: list[Row], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / "quality.csv.tmp"
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer.writeheader()
+        writer.writerows(map(asdict, rows))
+    temporary.replace(out / "quality.csv")
+
+
+def plot(rows: list[Row], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axis, kept, increase, title in (
+        (axes[0], "kept", "increase", "held-out, calibrated domain"),
+        (axes[1], "kept_other", "increase_other", "other domain"),
+    ):
+        for method in dict.fromkeys(r.method for r in rows):
+            mine = sorted((r for r in rows if r.method == method), key=lambda r: r.asked)
+            axis.plot([getattr(r, kept) for r in mine], [getattr(r, increase) for r in mine], "o-", label=method)
+        axis.set(title=title, xlabel="FLOPs kept, realised", ylim=(0, 0.6))
+    axes[0].set_ylabel("loss increase, nats per token")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(out / "quality.png", dpi=120)
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()
