@@ -14,11 +14,9 @@ from rana_compile.passes.find import bind_sites
 from rana_compile.passes.fuse import fuse_gated_mlps
 from rana_compile.passes.match import Match
 from rana_compile.passes.rewrite import Lowering, rewrite
-from rana_compile.plan import Plan
+from rana_compile.plan import Plan, SitePlan
 
 log = logging.getLogger(__name__)
-
-DECODE_ROWS = 1  # graphs of this many rows or fewer are lowered to the masked kernels
 
 
 def rana(
@@ -58,7 +56,7 @@ def adapt_graph(
         places = tuple(position[lin.weight] for lin in match.linears)
         weights = [example_inputs[i] for i in places]
         training = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
-        decode = not training and _is_decode(match, weights)
+        decode = not training and _is_decode(match, weights, entry)
         if decode:
             ops.load(weights[0].device.type)
         if entry.family == "dense":
@@ -78,12 +76,21 @@ def adapt_graph(
     return (rewrite(gm, fuse_gated_mlps(lowerings)) if lowerings else gm), refresh
 
 
-def _is_decode(match: Match, weights: Sequence[Tensor]) -> bool:
-    """Whether the masked kernels take this site: few rows, fixed at compile time, one dtype, a device they know."""
-    rows = match.rows
-    dtypes = {match.x.meta["example_value"].dtype, *(w.dtype for w in weights)}
-    few = rows is not None and 0 < rows <= DECODE_ROWS
-    return few and len(dtypes) == 1 and dtypes <= ops.DTYPES and ops.is_supported(weights[0].device.type)
+def _is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan) -> bool:
+    """Whether the kernels take this site: rows fixed at compile time, one dtype they know, and faster there."""
+    rows, device, dtype = match.rows, weights[0].device, weights[0].dtype
+    mixed = {match.x.meta["example_value"].dtype, *(w.dtype for w in weights)} != {dtype}
+    if not rows or mixed or dtype not in ops.DTYPES or not ops.is_supported(device.type):
+        return False
+    threshold = entry.tensors.get("threshold")
+    if threshold is None:
+        return rows == 1  # no mask: the dense kernel, for one row
+    site, d = entry.site, threshold.numel()
+    gated = site.kind == "gate_up"
+    faster = ops.masked_is_faster(rows, d, site.d_out, entry.live / d, dtype, device, gated)
+    if not faster:
+        log.info("%s: for %d rows the dense product is faster than the masked kernel here", site.name, rows)
+    return faster
 
 
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions) -> Callable[..., Any]:
