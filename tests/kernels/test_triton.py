@@ -45,6 +45,8 @@ def test_under_the_interpreter(which: str) -> None:
         "no:cacheprovider",
         "-p",
         "no:xdist",
+        "-p",
+        "no:benchmark",
         "-k",
         which,
         *files,
@@ -196,7 +198,7 @@ def test_candidates_keep_the_device_busy_and_there_is_always_one() -> None:
     for rows, d, cols, gate in ((1, 4096, 12288, False), (2, 4096, 11008, True), (1, 11008, 4096, False)):
         tiles = list(tuning.candidates(tuning.Case(rows, d, cols, gate, torch.bfloat16, device)))
         assert len(tiles) > 2
-        assert all(1000 <= -(-cols // t.columns) * t.split * t.warps <= 2200 for t in tiles)
+        assert all(1000 <= -(-cols // t.columns) * t.split * t.warps <= 2100 for t in tiles)
     assert list(tuning.candidates(tuning.Case(1, 64, 48, False, torch.float32, device))) == [tuning.USUAL]
 
 
