@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py --dtype bfloat16 --flops-budget 0.6
     python benchmarks/decode.py --model llama-2-7b --device cuda --dtype bfloat16 --batch 1 2 4 8 16
+    python benchmarks/decode.py --model llama-2-7b --inductor coordinate_descent_tuning=1 triton.enable_pdl=1
 
 Correctness is checked before a speed is printed: the compiled model must give the logits of the plain formulas.
 Models named by shape have random weights: time depends on shapes and densities alone.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor
 from bandwidth import measured_bandwidth
 from rich.console import Console
 from rich.table import Table
@@ -60,7 +62,8 @@ def main() -> None:
     bandwidth = measured_bandwidth(torch.device(settings.device))
     console.print(f"{totals(plan)}; streaming {bandwidth / 1e9:.0f} GB/s", highlight=False)
     timings = [t for batch in settings.batch for t in measured(model, plan, batch, settings)]
-    show(timings, bandwidth, settings)
+    if timings:
+        show(timings, bandwidth, settings)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -73,11 +76,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--exclude", nargs="*", default=None)
     parser.add_argument("--calibration-tokens", type=int, default=4096)
     parser.add_argument("--plan", type=Path, help="a saved plan; made and saved there if it does not exist")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--batch", type=int, nargs="*", default=[1], help="none: only calibrate")
+    parser.add_argument("--layers", type=int, help="fewer than the shape's: times a layer stay, compiling is quicker")
     parser.add_argument("--tokens", type=int, default=32, help="decoded tokens in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--context", type=int, default=256, help="length of the static cache")
     parser.add_argument("--mode", default=None, help="of Inductor; on CUDA reduce-overhead (CUDA graphs)")
+    parser.add_argument("--inductor", nargs="*", default=[], metavar="OPTION=VALUE", help="for both models")
     parser.add_argument(
         "--tolerance", type=float, help="relative difference of logits that is accepted; many random layers amplify it"
     )
@@ -85,6 +90,8 @@ def parse_arguments() -> argparse.Namespace:
     settings = parser.parse_args()
     if settings.mode is None and settings.device.startswith("cuda"):
         settings.mode = "reduce-overhead"
+    pairs = [pair.partition("=") for pair in settings.inductor]
+    settings.inductor = {name: int(value) if value.isdigit() else value for name, _, value in pairs}
     return settings
 
 
@@ -100,7 +107,7 @@ def load(settings: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Tensor]
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
-        num_hidden_layers=layers,
+        num_hidden_layers=settings.layers or layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         vocab_size=vocabulary,
@@ -135,8 +142,9 @@ def planned(model: nn.Module, windows: Tensor, settings: argparse.Namespace) -> 
 def measured(model: Any, plan: rana_compile.Plan, batch: int, settings: argparse.Namespace) -> list[Timing]:
     """Every variant at one batch size, timed in turns."""
     torch.compiler.reset()
-    dense = torch.compile(model.forward, mode=settings.mode)
-    options = {"plan": plan} | ({"mode": settings.mode} if settings.mode else {})
+    own = dict(torch._inductor.list_mode_options(settings.mode)) if settings.mode else {}
+    dense = torch.compile(model.forward, options=own | settings.inductor)
+    options = {"plan": plan, "inductor": settings.inductor} | ({"mode": settings.mode} if settings.mode else {})
     adapted = torch.compile(model.forward, backend="rana", options=options)
     check(model, adapted, plan, batch, settings)
     variants: dict[str, Callable[..., Any]] = {"dense Inductor": dense, "rana": adapted}
@@ -205,7 +213,8 @@ class Decoder:
 
 
 def show(timings: list[Timing], bandwidth: float, settings: argparse.Namespace) -> None:
-    table = Table(title=f"{settings.model}, {settings.dtype}, {settings.device}, {torch.get_num_threads()} threads")
+    title = f"{settings.model}, {settings.layers or 'all'} layers, {settings.dtype}, {settings.device}"
+    table = Table(title=f"{title}, {settings.mode}, {settings.inductor or ''}")
     for column in ("batch", "model", "ms/token", "tokens/s", "GB read/token", "GB/s", "of bandwidth", "speed-up"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for t in timings:

@@ -439,7 +439,8 @@ Tensor gated_mlp(const Tensor& x, const Tensor& up_threshold, const Tensor& up_w
                  const std::optional<Tensor>& down_bias, c10::string_view activation) {
   const Activation act = activation_of(activation);
   check(x, up_weight_t, up_weight_t.size(0), up_weight_t.dim() == 2 ? up_weight_t.size(1) : 0, up_bias);
-  check_threshold(up_threshold, 2 * up_weight_t.size(0));
+  const bool apart = up_threshold.dim() == 2;  // gate and up have masks of their own
+  check_threshold(up_threshold, (apart ? 2 : 1) * up_weight_t.size(0));
   const int64_t d = up_weight_t.size(0), h = down_weight_t.size(0);
   TORCH_CHECK(up_weight_t.size(1) == 2 * h, "the first weight must have ", 2 * h, " columns, gate and up, got ",
               up_weight_t.size(1));
@@ -451,8 +452,8 @@ Tensor gated_mlp(const Tensor& x, const Tensor& up_threshold, const Tensor& up_w
     out = by_chunks<T>(x, down_weight_t.size(1), [&](const T* in, int64_t rows, T* y) {
       T* wide = buffer<T, 0>(rows * 2 * h);
       T* hidden = buffer<T, 1>(rows * h);
-      masked_parts<T>(in, rows, d, up_threshold.const_data_ptr<float>(), up_weight_t.const_data_ptr<T>(), {h, h},
-                      data<T>(up_bias), wide);
+      masked_parts<T>(in, rows, d, up_threshold.const_data_ptr<float>(), up_weight_t.const_data_ptr<T>(),
+                      apart ? at::IntArrayRef({h, h}) : at::IntArrayRef({2 * h}), data<T>(up_bias), wide);
       gate(act, wide, rows, h, hidden);
       masked_rows<T>(hidden, rows, h, down_threshold.const_data_ptr<float>(), down_weight_t.const_data_ptr<T>(),
                      down_weight_t.size(1), down_weight_t.size(1), data<T>(down_bias), y);

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,6 +39,11 @@ def register() -> None:
             LIBRARY.impl(name, getattr(reference, name), "CPU")
         return
     torch.ops.load_library(build(compiler, cache_directory()))
+
+
+def masked_is_faster(rows: int, *_: Any) -> bool:
+    """Whether the masked kernel is taken: for one row. More rows are not measured on CPU."""
+    return rows == 1
 
 
 def find_compiler() -> str | None:
@@ -70,7 +76,7 @@ def build(compiler: str, directory: Path) -> Path:
     handle, temporary = tempfile.mkstemp(dir=directory, suffix=".so.tmp")
     os.close(handle)
     try:
-        command = [compiler, *FLAGS, str(SOURCE), *_torch_flags(), "-o", temporary]
+        command = [compiler, *FLAGS, str(SOURCE), *_shared_runtime(compiler), *_torch_flags(), "-o", temporary]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise RanaError(f"{compiler} could not build the CPU kernels:\n{result.stderr[-2000:]}")
@@ -78,6 +84,16 @@ def build(compiler: str, directory: Path) -> Path:
     finally:
         Path(temporary).unlink(missing_ok=True)
     return library
+
+
+def _shared_runtime(compiler: str) -> list[str]:
+    """The C++ runtime that PyTorch uses, by path: else a static one may be linked in (seen on an image with g++ 13).
+
+    With two runtimes in a process, writing a number to a stream, as errors' messages do, crashes.
+    """
+    command = [compiler, "-print-file-name=libstdc++.so.6"]
+    path = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return [path] if Path(path).is_absolute() else []
 
 
 def _torch_flags() -> list[str]:

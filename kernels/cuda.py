@@ -2,64 +2,31 @@
 
 One launch a product where the output is wide enough for every multiprocessor; else the reduction is split too, and a
 second small kernel adds the parts in a fixed order. No atomics, no host synchronisation: results do not vary,
-and CUDA graphs may capture the launches. How the work is cut is measured once per shape and device model, and kept in
-the cache directory of the CPU kernels.
+and CUDA graphs may capture the launches. How the work is cut, and whether it pays: tuning.py.
 """
 
-import hashlib
-import json
-import logging
-import math
-import os
-import tempfile
+from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
-from triton.testing import do_bench
 
+from rana_compile.kernels import reference, tuning
 from rana_compile.kernels import triton_programs as programs
-from rana_compile.kernels.cpu import cache_directory
 from rana_compile.kernels.ops import DTYPES, LIBRARY
 from rana_compile.kernels.reference import apply_threshold, check_activation, gated
+from rana_compile.kernels.tuning import Case, Tile
 from rana_compile.types import RanaError
-
-log = logging.getLogger(__name__)
 
 MAX_ROWS = 2  # input rows that share one pass over the weight; for more the library is faster, whatever is skipped
 
 
-class Tile(NamedTuple):
-    """How ``masked_gemv`` cuts its work."""
-
-    columns: int  # per program
-    depth: int  # loads in flight per thread
-    warps: int  # per program
-    split: int  # parts of the rows
-
-
-TILES = (
-    Tile(32, 4, 32, 1),
-    Tile(32, 8, 16, 1),
-    Tile(64, 8, 2, 16),
-    Tile(64, 4, 32, 2),
-    Tile(32, 8, 8, 1),
-    Tile(64, 2, 16, 1),
-    Tile(32, 4, 16, 1),
-    Tile(32, 4, 16, 4),
-    Tile(32, 4, 4, 1),
-)
-_measured: dict[tuple[Any, ...], Tile] = {}  # per shape, dtype and device
-
-
 def register() -> None:
     """Make these the implementations of ``torch.ops.rana.*`` on CUDA."""
-    for op in (linear, masked_linear, rank_linear, gated_mlp):
+    for op in (linear, masked_linear, rank_linear, gated_mlp, gated_up):
         LIBRARY.impl(op.__name__, op, "CUDA")
 
 
@@ -78,9 +45,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def masked_linear(z: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Masked product: z [..., d], threshold [d], weight_t [d, d_out] -> [..., d_out]."""
-    return _masked(z, threshold, weight_t, bias, None)
+def masked_linear(
+    z: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None = None, parts: Sequence[int] = ()
+) -> Tensor:
+    """Masked product: z [..., d], threshold [d], weight_t [d, d_out] -> [..., d_out]; ``parts``: reference.py."""
+    if not parts:
+        return _masked(z, threshold, weight_t, bias, None)
+    if threshold.shape != (len(parts), weight_t.shape[0]) or sum(parts) != weight_t.shape[1]:
+        raise RanaError(
+            f"expected thresholds [{len(parts)}, {weight_t.shape[0]}] and columns {tuple(parts)}, got "
+            f"{tuple(threshold.shape)} and {weight_t.shape[1]} columns"
+        )
+    biases = [None] * len(parts) if bias is None else bias.split(list(parts))
+    each = zip(threshold, weight_t.split(list(parts), dim=1), biases, strict=True)
+    outputs = [_masked(z, t, w, b, None) for t, w, b in each]
+    return outputs[0] if len(parts) == 1 else torch.cat(outputs, dim=-1)
 
 
 def rank_linear(x: Tensor, basis: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -100,120 +79,100 @@ def gated_mlp(
 ) -> Tensor:
     """Both products of a gated MLP masked: x [..., d_in], up_weight_t [d_in, 2h], down_weight_t [h, d_out]."""
     check_activation(activation)
-    hidden = _masked(x, up_threshold, up_weight_t, up_bias, activation)
+    if up_threshold.dim() == 2:
+        h = down_weight_t.shape[0]
+        hidden = gated(masked_linear(x, up_threshold, up_weight_t, up_bias, (h, h)), activation)
+    else:
+        hidden = _masked(x, up_threshold, up_weight_t, up_bias, activation)
     return _masked(hidden, down_threshold, down_weight_t, down_bias, None)
+
+
+def gated_up(
+    x: Tensor,
+    threshold: Tensor,
+    gate_weight_t: Tensor,
+    gate_threshold: Tensor,
+    up_weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Rows of ``up`` only where the activated gate survives: x [..., d_in] -> gate, then up [..., 2h]."""
+    check_activation(activation)
+    h, d = up_weight.shape
+    _check(x, up_weight, d, h, None)
+    if gate_threshold.shape != (h,) or gate_threshold.dtype != torch.float32:
+        raise RanaError(f"expected a float32 gate threshold of {h} elements, got {tuple(gate_threshold.shape)}")
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (2 * h,)):
+        raise RanaError(f"expected a bias of {2 * h} elements of {x.dtype}")
+    if x.numel() != d or not h:
+        return reference.gated_up(x, threshold, gate_weight_t, gate_threshold, up_weight, bias, activation)
+    biases = (None, None) if bias is None else bias.chunk(2)
+    gate = masked_linear(x, threshold, gate_weight_t, biases[0])
+    up = torch.empty_like(gate)
+    block_k = min(1024, triton.next_power_of_2(d))
+    block_n = max(1, 4096 // block_k)
+    grid = (triton.cdiv(h, block_n),)
+    shape = {"ACTIVATION": activation, "D": d, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4}
+    _launch(programs.live_gemv, grid, x.contiguous(), gate, gate_threshold, up_weight, biases[1], up, h, **shape)
+    return torch.cat([gate, up], dim=-1)
 
 
 def _masked(z: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """The masked product, one launch or two; with an activation, of gate columns then up columns, combined."""
     _check(z, weight_t, weight_t.shape[0], weight_t.shape[-1], bias)
-    d, ld = weight_t.shape
+    d, width = weight_t.shape
     if threshold.dtype != torch.float32 or threshold.shape != (d,) or not threshold.is_contiguous():
         raise RanaError(
             f"expected a contiguous float32 threshold of {d} elements, got {tuple(threshold.shape)} of "
             f"{threshold.dtype}"
         )
-    cols = ld // 2 if activation else ld
+    cols = width // 2 if activation else width
     rows = z.numel() // d if d else 0
     if not rows * cols or rows > MAX_ROWS:
         y = F.linear(apply_threshold(z, threshold), weight_t.t(), bias)
         return gated(y, activation) if activation else y
     out = z.new_empty((*z.shape[:-1], cols))
-    tile = _tile(z, rows, d, cols, activation)
-    _run(tile, z.contiguous(), threshold, weight_t, bias, out, rows, cols, activation)
+    case = Case(rows, d, cols, activation is not None, z.dtype, z.device)
+    _run(tuning.tile_for(case, _run), case, z.contiguous(), threshold, weight_t, out, bias, activation or "silu")
     return out
 
 
 def _run(
     tile: Tile,
+    case: Case,
     z: Tensor,
     threshold: Tensor,
     weight_t: Tensor,
-    bias: Tensor | None,
     out: Tensor,
-    rows: int,
-    cols: int,
-    activation: str | None,
+    bias: Tensor | None = None,
+    activation: str = "silu",
 ) -> None:
-    d, ld = weight_t.shape
-    split = tile.split
-    sums = out if split == 1 else z.new_empty((split, rows, ld), dtype=torch.float32)
-    shared = {"ACTIVATION": activation, "SPLIT": split}
-    config = {"BLOCK_N": tile.columns, "DEPTH": tile.depth, "WARPS": tile.warps, "num_warps": tile.warps}
+    rows, d, cols = case[:3]
+    ld, split = weight_t.stride(0), tile.split
+    part = triton.cdiv(d, split)
     grid = (triton.cdiv(cols, tile.columns), split)
-    args = (z, threshold, weight_t, bias, sums, d, cols, ld)
-    _launch(programs.masked_gemv, grid, *args, BATCH=rows, PART=triton.cdiv(d, split), **shared, **config)
+    entries = z.new_empty((grid[0] * split, rows, part), dtype=torch.int64)
+    sums = out if split == 1 else z.new_empty((split, rows, ld), dtype=torch.float32)
+    shared = {"ACTIVATION": activation if case.gate else None, "SPLIT": split}
+    config = {"BLOCK_N": tile.columns, "DEPTH": tile.depth, "WARPS": tile.warps, "num_warps": tile.warps}
+    args = (z, threshold, weight_t, bias, sums, entries, d, cols, ld)
+    _launch(programs.masked_gemv, grid, *args, BATCH=rows, PART=part, **shared, **config)
     if split > 1:
-        _launch(
-            programs.add_parts, (triton.cdiv(cols, 128), rows), sums, bias, out, rows, cols, ld, BLOCK_N=128, **shared
-        )
+        block_n = max(16, min(128, 2048 // split))
+        grid = (triton.cdiv(cols, block_n), rows)
+        _launch(programs.add_parts, grid, sums, bias, out, rows, cols, ld, BLOCK_N=block_n, **shared)
 
 
-def _tile(z: Tensor, rows: int, d: int, cols: int, activation: str | None) -> Tile:
-    """The fastest tile for a shape, measured once per device model; a usual one if it is small or a graph captured."""
-    gate = activation is not None
-    if z.device.type != "cuda" or d * cols * z.element_size() < 2**20:
-        return _usual_tile(rows, d, cols, gate)
-    key = (rows, d, cols, gate, z.dtype, z.device)
-    if key not in _measured:
-        file = _tile_file(*key)
-        if file.exists():
-            _measured[key] = Tile(*json.loads(file.read_text()))
-        elif torch.cuda.is_current_stream_capturing():
-            return _usual_tile(rows, d, cols, gate)
-        else:
-            _measured[key] = _measure_tile(*key)
-            _save(_measured[key], file)
-    return _measured[key]
-
-
-def _usual_tile(rows: int, d: int, cols: int, gate: bool) -> Tile:
-    """About one program per multiprocessor, or as many as share one wave."""
-    if rows > 1:
-        return Tile(32, 4, 4 if gate else 16, 1)
-    if gate:
-        return Tile(64, 2, 16, 1)
-    if cols <= 2048:
-        return Tile(32, 4, 16, 4)
-    if cols <= 6144:
-        return Tile(32, 4, 32, 1) if d <= 8192 else Tile(64, 4, 32, 2)
-    return Tile(32, 8, 8, 1)
-
-
-def _tile_file(rows: int, d: int, cols: int, gate: bool, dtype: torch.dtype, device: torch.device) -> Path:
-    of = (torch.cuda.get_device_name(device), triton.__version__, rows, d, cols, gate, dtype, TILES)
-    return cache_directory() / f"tile_{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.json"
-
-
-def _save(tile: Tile, file: Path) -> None:
-    """Under a temporary name first, so that processes may race."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".json.tmp")
-    with os.fdopen(handle, "w") as stream:
-        json.dump(tile, stream)
-    os.replace(temporary, file)
-
-
-def _measure_tile(rows: int, d: int, cols: int, gate: bool, dtype: torch.dtype, device: torch.device) -> Tile:
-    log.info("tuning the masked kernel for %d×%d×%d, %s", rows, d, cols, dtype)
-    own: dict[str, Any] = {"device": device, "generator": torch.Generator(device).manual_seed(0)}
-    z = torch.randn(rows, d, dtype=dtype, **own)
-    threshold = torch.where(torch.rand(d, **own) < 0.5, 0.0, torch.inf)  # half of the rows live, for all inputs
-    weight_t = torch.randn(d, 2 * cols if gate else cols, dtype=dtype, **own)
-    out = z.new_empty((rows, cols))
-    activation = "silu" if gate else None
-
-    def seconds(tile: Tile) -> float:
-        try:
-            return do_bench(
-                lambda: _run(tile, z, threshold, weight_t, None, out, rows, cols, activation),
-                warmup=2,
-                rep=10,
-                return_mode="median",
-            )
-        except OutOfResources:
-            return math.inf
-
-    return min((t for t in TILES if rows == 1 or t.depth * t.warps <= 64), key=seconds)
+def masked_is_faster(
+    rows: int, d: int, d_out: int, density: float, dtype: torch.dtype, device: torch.device, gated: bool
+) -> bool:
+    """Whether the masked kernel, with this share of the coordinates live in some row, beats the library's product."""
+    case = Case(rows, d, d_out // 2 if gated else d_out, gated, dtype, device)
+    if rows > MAX_ROWS or tuning.is_small(case):
+        return rows == 1
+    with torch.cuda.device(device):
+        found = tuning.measured(case, _run)
+    return found.masked(density) < found.dense
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> None:
@@ -241,7 +200,7 @@ def _check(x: Tensor, weight: Tensor, d_in: int, d_out: int, bias: Tensor | None
         )
     if x.shape[-1] != d_in:
         raise RanaError(f"the input has {x.shape[-1]} features, the weight expects {d_in}")
-    if not weight.is_contiguous():
+    if weight.numel() and (weight.stride(1) != 1 or weight.stride(0) < weight.shape[1]):
         raise RanaError("the weight must be contiguous; call .contiguous() on it once")
     if x.dtype != weight.dtype:
         raise RanaError(f"input and weight must share a dtype, got {x.dtype} and {weight.dtype}; convert one of them")

@@ -82,6 +82,21 @@ def is_supported(device_type: str) -> bool:
     return device_type in _LOADERS
 
 
+def masked_is_faster(
+    rows: int, d: int, d_out: int, density: float, dtype: torch.dtype, device: torch.device, gated: bool = False
+) -> bool:
+    """Whether the masked kernel beats the library's dense product on this device; measured there at the first call.
+
+    For z [rows, d] of which ``density`` is live in each row, weight_t [d, d_out], or [d, 2h] of a gated MLP if
+    ``gated``. The rows share the weight rows that any of them needs. False for a dtype or device without kernels.
+    """
+    if dtype not in DTYPES or not is_supported(device.type) or not 0 < rows:
+        return False
+    load(device.type)
+    union = 1 - (1 - min(density, 1.0)) ** rows
+    return bool(import_module(_LOADERS[device.type]).masked_is_faster(rows, d, d_out, union, dtype, device, gated))
+
+
 def load(device_type: str) -> None:
     """Make the implementations for a device available; builds them at the first use on a machine.
 

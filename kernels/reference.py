@@ -76,10 +76,11 @@ def gated_mlp(
     """Both products of a gated MLP masked: x [..., d_in], up_weight_t [d_in, 2h], down_weight_t [h, d_out].
 
     The first h columns of ``up_weight_t`` are the gate's, the others the up projection's; so are the two rows of
-    ``up_threshold`` [2, d_in].
+    ``up_threshold`` [2, d_in], or one [d_in] serves both.
     """
     h = down_weight_t.shape[0]
-    hidden = gated(masked_linear(x, up_threshold, up_weight_t, up_bias, (h, h)), activation)
+    parts = (h, h) if up_threshold.dim() == 2 else ()
+    hidden = gated(masked_linear(x, up_threshold, up_weight_t, up_bias, parts), activation)
     return masked_linear(hidden, down_threshold, down_weight_t, down_bias)
 
 
@@ -94,12 +95,12 @@ def gated_up(
 ) -> Tensor:
     """Rows of ``up`` only where the activated gate survives: x [..., d_in] -> gate, then up [..., 2h].
 
-    threshold [1, d_in], gate_weight_t [d_in, h], gate_threshold [h], up_weight [h, d_in], bias [2h]; up is zero
+    threshold [d_in], gate_weight_t [d_in, h], gate_threshold [h], up_weight [h, d_in], bias [2h]; up is zero
     where ``abs(act(gate))`` is below its threshold.
     """
     check_activation(activation)
     biases = (None, None) if bias is None else bias.chunk(2)
-    gate = masked_linear(x, threshold[0], gate_weight_t, biases[0])
+    gate = masked_linear(x, threshold, gate_weight_t, biases[0])
     dead = ACTIVATIONS[activation](gate).abs() < gate_threshold
     up = linear(x, up_weight, biases[1])
     return torch.cat([gate, torch.where(dead, torch.zeros((), dtype=up.dtype, device=up.device), up)], dim=-1)

@@ -1,9 +1,11 @@
 """The Triton programs; ``cuda.py`` launches them.
 
-A program owns a block of output columns and walks the rows of ``weight_t``, or one of SPLIT equal parts of them:
+A program owns a block of output columns and walks the live rows of ``weight_t``, or of one of SPLIT equal parts of it:
 
-    z, threshold ─▶ mask (registers) ─▶ predicated loads of weight rows ─▶ float32 sums ─▶ bias, activation ─▶ y
+    z, threshold ─▶ list of live rows ─▶ loads of weight rows ─▶ float32 sums ─▶ bias, activation ─▶ y
 
+Each program makes its own list: that costs less than another launch. Without a list, skipped rows would still cost
+the instructions of their loads and products, which is most of the time at low densities.
 The loads of a later tile are issued in the loop's round before the one that multiplies it: within a round ptxas would
 put each load next to its use, one in flight at a time.
 """
@@ -42,88 +44,129 @@ def _store(first, second, bias, out, at, n, valid, cols, ACTIVATION: tl.constexp
 
 
 @triton.jit
-def _coordinates(z, threshold, k, d, end, BATCH: tl.constexpr):
-    """BATCH tensors [ROWS] of z in float32, the skipped coordinates as zeros; NaN is kept."""
+def _list_live(
+    z, threshold, entries, d, begin, end,
+    PART: tl.constexpr, BATCH: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The coordinates of [begin, end) that some row keeps -> entries [BATCH, PART]; returns how many.
+
+    An entry is a coordinate's number (low half) and the float32 bits of a row's value, zero where only another row
+    keeps it. NaN is kept. The list is in memory since Triton cannot scatter to shared memory; it stays in the caches.
+    """
+    CHUNK: tl.constexpr = min(triton.next_power_of_2(PART), WARPS * 256)
+    CHUNKS: tl.constexpr = triton.cdiv(PART, CHUNK)
+    places = begin + tl.arange(0, CHUNK)
+    thresholds = ()
+    for c in tl.static_range(CHUNKS):
+        k = places + c * CHUNK
+        thresholds = thresholds + (tl.load(threshold + k, mask=k < end, other=float("inf")),)
+    if PDL:  # the thresholds do not come from the kernel before
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    for c in tl.static_range(CHUNKS):
+        k = places + c * CHUNK
+        live = k < 0
+        values = ()
+        for b in tl.static_range(BATCH):
+            v = tl.load(z + b * d + k, mask=k < end, other=0.0).to(tl.float32)
+            v = tl.where(tl.abs(v) < thresholds[c], 0.0, v)
+            values = values + (v,)
+            live = live | (v != 0.0)
+        at = entries + tl.cumsum(live.to(tl.int32), 0) - 1
+        found = tl.sum(live.to(tl.int32), 0)
+        if c > 0:
+            at += count  # noqa: F821
+            found += count  # noqa: F821
+        count = found
+        for b in tl.static_range(BATCH):
+            bits = values[b].to(tl.int32, bitcast=True)
+            tl.store(at + b * PART, (bits.to(tl.int64) << 32) | k, mask=live)
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def _entry(entries, slot, count, PART: tl.constexpr, BATCH: tl.constexpr):
+    """Numbers [ROWS] of the coordinates at ``slot``, -1 past the end, then BATCH tensors [ROWS] of their values."""
     result = ()
-    t = tl.load(threshold + k, mask=k < end, other=0.0)
     for b in tl.static_range(BATCH):
-        v = tl.load(z + b * d + k, mask=k < end, other=0.0).to(tl.float32)
-        result = result + (tl.where(tl.abs(v) < t, 0.0, v),)
+        entry = tl.load(entries + b * PART + slot, mask=slot < count, other=0xFFFFFFFF)
+        if b == 0:
+            result = (entry.to(tl.int32),)
+        result = result + ((entry >> 32).to(tl.int32).to(tl.float32, bitcast=True),)
     return result
 
 
 @triton.jit
-def _rows(at, v, valid, BATCH: tl.constexpr):
-    """The weight rows at ``at`` [ROWS, BLOCK_N] that some coordinate needs; of the others not a byte is read."""
-    live = v[0] != 0.0
-    for b in tl.static_range(1, BATCH):
-        live = live | (v[b] != 0.0)
-    return tl.load(at, mask=live[:, None] & valid[None, :], other=0.0)
+def _rows(weight, entry, ld, valid):
+    """The weight rows [ROWS, BLOCK_N] of an entry; where its number is -1 nothing is read."""
+    k = entry[0]
+    at = weight + (k.to(tl.uint32).to(tl.uint64) * tl.cast(ld, tl.uint32).to(tl.uint64))[:, None]  # one instruction
+    return tl.load(at, mask=(k >= 0)[:, None] & valid[None, :], other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
-def _add(sums, w, v, BATCH: tl.constexpr):
+def _add(sums, w, entry, BATCH: tl.constexpr):
     """BATCH sums [ROWS, BLOCK_N], each with its products added."""
     result = ()
     for b in tl.static_range(BATCH):
-        result = result + (sums[b] + w.to(tl.float32) * v[b][:, None],)
+        result = result + (sums[b] + w.to(tl.float32) * entry[1 + b][:, None],)
     return result
 
 
 @triton.jit
 def masked_gemv(
-    z, threshold, weight, bias, out, d, cols, ld,
+    z, threshold, weight, bias, out, entries, d, cols, ld,
     ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr,
     BATCH: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """z [BATCH, d], weight [d, ld] -> out [BATCH, cols], or sums [SPLIT, BATCH, ld] in float32 for ``add_parts``.
 
-    DEPTH tiles [ROWS, BLOCK_N] of the weight are in flight: each is multiplied just before its registers are loaded
-    with the tile DEPTH further on, whose coordinates were read one round earlier still.
+    ``entries`` [programs, BATCH, PART] is scratch. DEPTH tiles [ROWS, BLOCK_N] of the weight are in flight: each is
+    multiplied just before its registers are loaded with the tile DEPTH further on, whose entries were read one round
+    earlier still.
     """
     LANE: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth  # elements of a 16-byte load
     ROWS: tl.constexpr = max(1, WARPS * 32 * LANE // BLOCK_N)  # weight rows that the threads read together
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * PART
     end = tl.minimum(begin + PART, d)
-    k = begin + tl.arange(0, ROWS)
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    entries += program.to(tl.int64) * (BATCH * PART)
     valid = n < cols
-    step = tl.cast(ld, tl.int64) * ROWS
-    at = weight + k.to(tl.int64)[:, None] * ld + n[None, :]
+    at = weight + n[None, :]
     first = ()
     second = ()
     for _ in tl.static_range(BATCH):
         first = first + (tl.zeros([ROWS, BLOCK_N], tl.float32),)
         second = second + (tl.zeros([ROWS, BLOCK_N], tl.float32),)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    count = _list_live(z, threshold, entries, d, begin, end, PART, BATCH, WARPS, PDL)
+    slot = tl.arange(0, ROWS)
     now = ()
     following = ()
     w = ()
     u = ()
     for i in tl.static_range(DEPTH):
-        now = now + (_coordinates(z, threshold, k + i * ROWS, d, end, BATCH),)
+        now = now + (_entry(entries, slot + i * ROWS, count, PART, BATCH),)
     for i in tl.static_range(DEPTH):
-        following = following + (_coordinates(z, threshold, k + (DEPTH + i) * ROWS, d, end, BATCH),)
+        following = following + (_entry(entries, slot + (DEPTH + i) * ROWS, count, PART, BATCH),)
     for i in tl.static_range(DEPTH):
-        w = w + (_rows(at + i * step, now[i], valid, BATCH),)
+        w = w + (_rows(at, now[i], ld, valid),)
         if ACTIVATION is not None:
-            u = u + (_rows(at + cols + i * step, now[i], valid, BATCH),)
-    k += 2 * DEPTH * ROWS
-    for _ in range(0, PART, DEPTH * ROWS):
-        at += DEPTH * step
+            u = u + (_rows(at + cols, now[i], ld, valid),)
+    slot += 2 * DEPTH * ROWS
+    for _ in range(0, count, DEPTH * ROWS):
         later = ()
         loaded = ()
         loaded_up = ()
         for i in tl.static_range(DEPTH):
             first = _add(first, w[i], now[i], BATCH)
-            loaded = loaded + (_rows(at + i * step, following[i], valid, BATCH),)
+            loaded = loaded + (_rows(at, following[i], ld, valid),)
             if ACTIVATION is not None:
                 second = _add(second, u[i], now[i], BATCH)
-                loaded_up = loaded_up + (_rows(at + cols + i * step, following[i], valid, BATCH),)
-            later = later + (_coordinates(z, threshold, k + i * ROWS, d, end, BATCH),)
-        k += DEPTH * ROWS
+                loaded_up = loaded_up + (_rows(at + cols, following[i], ld, valid),)
+            later = later + (_entry(entries, slot + i * ROWS, count, PART, BATCH),)
+        slot += DEPTH * ROWS
         w = loaded
         u = loaded_up
         now = following
@@ -157,6 +200,33 @@ def add_parts(
     if ACTIVATION is not None:
         second = tl.sum(tl.load(at + cols, mask=(n < cols)[None, :], other=0.0), axis=0)
     _store(first, second, bias, out, row * cols + n, n, n < cols, cols, ACTIVATION)
+
+
+@triton.jit
+def live_gemv(
+    x, gate, threshold, weight, bias, out, h,
+    ACTIVATION: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One row: x [d], gate [h], weight [h, d] -> out [h]; weight rows are read where abs(act(gate)) is not small."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    level = tl.load(threshold + n, mask=n < h, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    g = tl.load(gate + n, mask=n < h, other=0.0)
+    dead = tl.abs(_activate(g.to(tl.float32), ACTIVATION).to(g.dtype).to(tl.float32)) < level  # NaN is kept
+    read = (n < h) & (dead == 0)
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    at = weight + n.to(tl.int64)[:, None] * D + k[None, :]
+    for start in range(0, D, BLOCK_K):
+        v = tl.load(x + start + k, mask=start + k < D, other=0.0).to(tl.float32)
+        w = tl.load(at + start, mask=read[:, None] & (start + k < D)[None, :], other=0.0)
+        acc += w.to(tl.float32) * v[None, :]
+    y = tl.sum(acc, axis=1)
+    if bias is not None:
+        y += tl.load(bias + n, mask=n < h, other=0.0).to(tl.float32)
+    tl.store(out + n, tl.where(dead, 0.0, y).to(out.dtype.element_ty), mask=n < h)
 
 
 @triton.jit

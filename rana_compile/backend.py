@@ -22,8 +22,6 @@ from rana_compile.types import parameter_filter
 
 log = logging.getLogger(__name__)
 
-DECODE_ROWS = 1  # graphs of this many rows or fewer are lowered to the masked kernels
-
 
 def rana(
     gm: fx.GraphModule,
@@ -74,7 +72,7 @@ def adapt_graph(
         weights = [example_inputs[i] for i in places]
         training = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
         autocast = torch.is_autocast_enabled(weights[0].device.type)
-        decode = not training and not autocast and is_decode(match, weights)
+        decode = not training and not autocast and is_decode(match, weights, entry)
         if decode:
             ops.load(weights[0].device.type)
         if entry.family == "dense":
@@ -106,12 +104,21 @@ def _chosen(plan: Plan, options: BackendOptions) -> list[SitePlan]:
     ]
 
 
-def is_decode(match: Match, weights: Sequence[Tensor]) -> bool:
-    """Whether the masked kernels take this site: few rows, fixed at compile time, one dtype, a device they know."""
-    rows = match.rows
-    dtypes = {match.x.meta["example_value"].dtype, *(w.dtype for w in weights)}
-    few = rows is not None and 0 < rows <= DECODE_ROWS
-    return few and len(dtypes) == 1 and dtypes <= ops.DTYPES and ops.is_supported(weights[0].device.type)
+def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan) -> bool:
+    """Whether the kernels take this site: rows fixed at compile time, one dtype they know, and faster there."""
+    rows, device, dtype = match.rows, weights[0].device, weights[0].dtype
+    mixed = {match.x.meta["example_value"].dtype, *(w.dtype for w in weights)} != {dtype}
+    if not rows or mixed or dtype not in ops.DTYPES or not ops.is_supported(device.type):
+        return False
+    site, basis = entry.site, entry.tensors.get("output_basis")
+    if "threshold" not in entry.tensors or entry.family == "gated":
+        return rows == 1  # dense products, and rows of up that only one token agrees on
+    d, density = (site.d_in, entry.flops_kept) if basis is None else (basis.shape[1], entry.live[0] / basis.shape[1])
+    gated = site.kind == "gate_up" and basis is None
+    faster = ops.masked_is_faster(rows, d, site.d_out, density, dtype, device, gated)
+    if not faster:
+        log.info("%s: for %d rows the dense product is faster than the masked kernel here", site.name, rows)
+    return faster
 
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions) -> Callable[..., Any]:

@@ -52,7 +52,12 @@ class Gated:
 
     def pack(self, site: Site, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
         gate_t = weights[0].t().contiguous()  # [d_in, h]
-        return {k: tensors[k] for k in self.stored} | {"gate_weight_t": gate_t, "up_weight": weights[1].contiguous()}
+        return {
+            "threshold": tensors["threshold"][0].contiguous(),
+            "gate_threshold": tensors["gate_threshold"],
+            "gate_weight_t": gate_t,
+            "up_weight": weights[1].contiguous(),
+        }
 
     def decode(self, site: Site, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
         return torch.ops.rana.gated_up(

@@ -3,6 +3,7 @@
 The interpreter must be chosen before Triton is imported, so its tests run in processes of their own.
 """
 
+import itertools
 import os
 import re
 import subprocess
@@ -30,7 +31,7 @@ offline = pytest.mark.skipif(INTERPRETED, reason="interpreted functions have no 
 
 
 @offline
-@pytest.mark.parametrize("which", ["interpreted and (masked or linear-)", "interpreted and gated_mlp", "tile"])
+@pytest.mark.parametrize("which", ["interpreted and (masked or linear-)", "interpreted and gated", "tile"])
 def test_under_the_interpreter(which: str) -> None:
     files = [str(HERE / name) for name in ("test_ops.py", "test_triton.py")]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -44,6 +45,8 @@ def test_under_the_interpreter(which: str) -> None:
         "no:cacheprovider",
         "-p",
         "no:xdist",
+        "-p",
+        "no:benchmark",
         "-k",
         which,
         *files,
@@ -58,6 +61,7 @@ def test_under_the_interpreter(which: str) -> None:
 @pytest.mark.parametrize("rows", [1, 2])
 def test_activations_and_tiles(rows: int, activation: str | None) -> None:
     from rana_compile.kernels import cuda
+    from rana_compile.kernels.tuning import CUTS, GATED_CUTS, USUAL, Case, Tile
 
     d, ld = 300, 100
     cols = ld // 2 if activation else ld
@@ -66,9 +70,11 @@ def test_activations_and_tiles(rows: int, activation: str | None) -> None:
     expected = reference.masked_linear(z, threshold, weight_t, bias)
     if activation:
         expected = reference.gated(expected, activation)
-    for tile in cuda.TILES if activation in (None, "silu") else cuda.TILES[-1:]:
+    case = Case(rows, d, cols, activation is not None, z.dtype, z.device)
+    cuts = (GATED_CUTS if activation else CUTS) if activation in (None, "silu") else ()
+    for tile in (USUAL, *(Tile(*cut, split) for cut, split in zip(cuts, itertools.cycle((1, 4)), strict=False))):
         out = torch.full((rows, cols), torch.nan, device=DEVICE)
-        cuda._run(tile, z, threshold, weight_t, bias, out, rows, cols, activation)
+        cuda._run(tile, case, z, threshold, weight_t, out, bias, activation or "silu")
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -78,6 +84,7 @@ MASKED = {
     "weight": "*T",
     "bias": "*T",
     "out": "*T",
+    "entries": "*i64",
     "d": "i32",
     "cols": "i32",
     "ld": "i32",
@@ -127,15 +134,12 @@ def assert_no_spills(cubin: bytes, folder: Path) -> None:
 def test_masked_gemv_compiles_without_spills(
     rows: int, activation: str | None, dtype: str, architecture: int, tmp_path: Path
 ) -> None:
-    from rana_compile.kernels import cuda
+    from rana_compile.kernels.tuning import CUTS, GATED_CUTS, Tile
 
-    usual = {
-        cuda._usual_tile(rows, d, cols, activation is not None) for d in (4096, 11008) for cols in (1024, 4096, 11008)
-    }
-    for tile in usual:
-        types = MASKED | ({"out": "*fp32"} if tile.split > 1 else {})
-        constants = {"ACTIVATION": activation, "SPLIT": tile.split, "PART": 4096, "BATCH": rows}
+    for tile in (Tile(*cut, 8) for cut in (GATED_CUTS if activation else CUTS)):
+        constants = {"ACTIVATION": activation, "SPLIT": 8, "PART": 512, "BATCH": rows}
         shape = {"BLOCK_N": tile.columns, "DEPTH": tile.depth, "WARPS": tile.warps}
+        types = MASKED | {"out": "*fp32"}
         assert_no_spills(
             machine_code(architecture, "masked_gemv", types, dtype, tile.warps, **constants, **shape), tmp_path
         )
@@ -168,19 +172,42 @@ def test_inside_a_cuda_graph() -> None:
 
 
 @on_gpu
-def test_tuning_is_kept_and_leaves_the_random_numbers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rana_compile.kernels import cuda
+def test_measurements_are_kept_and_leave_the_random_numbers_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rana_compile.kernels import cuda, tuning
 
     monkeypatch.setenv("RANA_COMPILE_CACHE", str(tmp_path))
-    monkeypatch.setattr(cuda, "_measured", {})
-    z = torch.randn(1, 1024, device=DEVICE)
+    monkeypatch.setattr(tuning, "_known", {})
+    device = torch.empty(0, device=DEVICE).device
+    case = tuning.Case(1, 1024, 1024, False, torch.bfloat16, device)
     before = torch.cuda.get_rng_state()
-    tile = cuda._tile(z, 1, 1024, 1024, None)
+    found = tuning.measured(case, cuda._run)
     assert torch.equal(torch.cuda.get_rng_state(), before)
     assert len(list(tmp_path.iterdir())) == 1
-    cuda._measured.clear()
-    monkeypatch.setattr(cuda, "_measure_tile", None)
-    assert cuda._tile(z, 1, 1024, 1024, None) == tile
+    tuning._known.clear()
+    monkeypatch.setattr(tuning, "_measure", None)
+    assert tuning.measured(case, cuda._run) == found
+    assert tuning.tile_for(case, cuda._run) == found.tile
+
+
+def test_candidates_keep_the_device_busy_and_there_is_always_one() -> None:
+    from rana_compile.kernels import tuning
+
+    device = torch.device("cuda", 0)
+    for rows, d, cols, gate in ((1, 4096, 12288, False), (2, 4096, 11008, True), (1, 11008, 4096, False)):
+        tiles = list(tuning.candidates(tuning.Case(rows, d, cols, gate, torch.bfloat16, device)))
+        assert len(tiles) > 2
+        assert all(1000 <= -(-cols // t.columns) * t.split * t.warps <= 2100 for t in tiles)
+    assert list(tuning.candidates(tuning.Case(1, 64, 48, False, torch.float32, device))) == [tuning.USUAL]
+
+
+def test_times_between_the_measured_densities() -> None:
+    from rana_compile.kernels.tuning import USUAL, Measured
+
+    found = Measured(USUAL, half=10.0, full=18.0, dense=16.0)
+    assert (found.masked(0.5), found.masked(1.0)) == (10.0, 18.0)
+    assert found.masked(0.75) == pytest.approx(14.0)
 
 
 @on_gpu

@@ -1,0 +1,173 @@
+"""How the masked kernel cuts its work, and what it gains: measured once per shape and device model, kept on disk.
+
+    Case ──candidates──▶ [Tile] ──timed in CUDA graphs──▶ Measured(the fastest, its times, the dense product's)
+
+The file lies beside the CPU kernels. Times are of calls in a row on weights that take turns, so that no cache holds
+one: what decode sees.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from rana_compile.kernels.cpu import cache_directory
+
+log = logging.getLogger(__name__)
+
+BEYOND_CACHES = 2**28  # bytes of weights that take turns
+SMALL = 2**20  # bytes of a weight below which launches, not bytes, are what costs
+WARPS = (1000, 2100)  # of all programs together: what keeps the memory busy on about 132 multiprocessors
+
+
+class Tile(NamedTuple):
+    """How ``masked_gemv`` cuts its work."""
+
+    columns: int  # per program
+    depth: int  # loads in flight per thread
+    warps: int  # per program
+    split: int  # parts of the rows
+
+
+class Case(NamedTuple):
+    """A masked product z [rows, d], weight_t [d, cols], or [d, 2 cols] if ``gate``."""
+
+    rows: int
+    d: int
+    cols: int
+    gate: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Measured(NamedTuple):
+    """The fastest tile, and microseconds: with half of the coordinates live, with all, of the library's product."""
+
+    tile: Tile
+    half: float
+    full: float
+    dense: float
+
+    def masked(self, density: float) -> float:
+        """Microseconds with this share of the coordinates live."""
+        return self.full - (self.full - self.half) * 2 * (1 - density)
+
+
+Run = Callable[[Tile, Case, Tensor, Tensor, Tensor, Tensor], None]  # z, threshold, weight_t, out
+
+# Columns, depth, warps. Many small programs win: while some list, others load (H200: 1.65 against 1.40 for 8 warps).
+CUTS = ((128, 8, 1), (128, 8, 2), (256, 8, 1), (64, 8, 1), (128, 4, 2))
+GATED_CUTS = ((128, 4, 1), (128, 4, 2), (64, 4, 1), (64, 4, 2))
+USUAL = Tile(32, 4, 4, 1)
+_known: dict[Case, Measured] = {}
+
+
+def tile_for(case: Case, run: Run) -> Tile:
+    """The tile to launch with; an unmeasured one for small weights and while a CUDA graph is captured."""
+    if is_small(case):
+        return USUAL
+    if case not in _known and not _file(case).exists() and torch.cuda.is_current_stream_capturing():
+        return next(candidates(case))
+    return measured(case, run).tile
+
+
+def is_small(case: Case) -> bool:
+    """Whether measuring is of no use: too few bytes, or no CUDA device."""
+    return case.device.type != "cuda" or case.d * case.cols * case.dtype.itemsize < SMALL
+
+
+def measured(case: Case, run: Run) -> Measured:
+    """What was measured for this shape, now or by an earlier process."""
+    if case not in _known:
+        file = _file(case)
+        if not file.exists():
+            _save(_measure(case, run), file)
+        tile, *times = json.loads(file.read_text())
+        _known[case] = Measured(Tile(*tile), *times)
+    return _known[case]
+
+
+def candidates(case: Case) -> Iterator[Tile]:
+    """Cuts with about as many warps as the multiprocessors take; one at least."""
+    found = False
+    for columns, depth, warps in GATED_CUTS if case.gate else CUTS:
+        for split in (1, 2, 4, 8, 16, 32, 64):
+            programs = triton.cdiv(case.cols, columns) * split
+            rows = warps * 32 * 16 // case.dtype.itemsize // columns  # read together
+            if WARPS[0] <= programs * warps <= WARPS[1] and case.d >= split * rows * depth:
+                found = True
+                yield Tile(columns, depth, warps, split)
+    if not found:
+        yield USUAL
+
+
+def _file(case: Case) -> Path:
+    name = torch.cuda.get_device_name(case.device)
+    of = (name, triton.__version__, torch.__version__, tuple(case)[:-1], CUTS, GATED_CUTS)
+    return cache_directory() / f"masked_{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.json"
+
+
+def _save(result: Measured, file: Path) -> None:
+    """Under a temporary name first, so that processes may race."""
+    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".json.tmp")
+    with os.fdopen(handle, "w") as stream:
+        json.dump(result, stream)
+    os.replace(temporary, file)
+
+
+def _measure(case: Case, run: Run) -> Measured:
+    log.info("measuring the masked kernel for %d rows, %d×%d, %s", case.rows, case.d, case.cols, case.dtype)
+    rows, d, cols, gate, dtype, device = case
+    own: dict[str, Any] = {"device": device, "generator": torch.Generator(device).manual_seed(0)}
+    width = 2 * cols if gate else cols
+    copies = math.ceil(BEYOND_CACHES / (d * width * dtype.itemsize))
+    weights = [torch.randn(d, width, dtype=dtype, **own) for _ in range(copies)]
+    z = torch.randn(rows, d, dtype=dtype, **own)
+    out = z.new_empty((rows, cols))
+    count = max(8, copies)
+
+    def masked(tile: Tile, density: float) -> float:
+        live = torch.rand(d, **own) < density  # for every input
+        threshold = torch.where(live, 0.0, torch.inf)
+        try:
+            return _microseconds(lambda i: run(tile, case, z, threshold, weights[i % copies], out), count)
+        except OutOfResources:
+            return math.inf
+
+    times = {tile: masked(tile, 0.5) for tile in candidates(case)}
+    best = min(times, key=times.__getitem__)
+    dense = _microseconds(lambda i: F.linear(z, weights[i % copies].view(width, d)), count)
+    return Measured(best, times[best], masked(best, 1.0), dense)
+
+
+def _microseconds(call: Callable[[int], Any], count: int) -> float:
+    """Median time of a call, of ``count`` in a CUDA graph."""
+    call(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):  # torch.cuda.graph would collect garbage each time
+        graph.capture_begin(capture_error_mode="thread_local")
+        for i in range(count):
+            call(i)
+        graph.capture_end()
+    times = []
+    for _ in range(6):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / count)
+    return statistics.median(times[1:])
