@@ -210,7 +210,8 @@ def print_table(rows: list[Row], asked: float, reference: Reference) -> None:
     for r in sorted(rows, key=lambda r: r.increase + r.increase_other):
         table.add_row(
             r.method, f"{r.kept:.1%}", f"{r.kept_other:.1%}", f"{r.increase:.4f}", f"{r.increase_other:.4f}",
-            f"{r.divergence:.4f}", f"{r.divergence_other:.4f}", f"{r.greedy:.1%}", f"{r.predicted:.4f}", f"{r.seconds:.0f}",
+            f"{r.divergence:.4f}", f"{r.divergence_other:.4f}", f"{r.greedy:.1%}", f"{r.predicted:.4f}",
+            f"{r.seconds:.0f}",
         )  # fmt: skip
     console.print(table)
 

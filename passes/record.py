@@ -117,7 +117,7 @@ class Adapted:
             if site in self._targets:
                 factor = self._rescaled(site, i, z / threshold)
                 tensors, threshold = family.scaled(tensors, i, factor), threshold * factor
-            self._live[site][i] += z.numel() - int((z < threshold).sum())
+            self._live[site][i] += z.numel() - int((z < threshold).count_nonzero())
         self._rows[site] += x.numel() // x.shape[-1]
         return family.forward(site, x, weights, biases, tensors)
 

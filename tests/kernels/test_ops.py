@@ -62,25 +62,23 @@ def arguments(
         return torch.randn(n).to(dtype).to(device) if bias else None
 
     x = torch.randn(rows, d_in).to(dtype).to(device)
-    if op == "linear":
-        return [x, normal(d_out, d_in), maybe(d_out)]
-    if op == "masked_linear":
-        return [x, threshold(d_in, 1.0), normal(d_in, d_out), maybe(d_out)]
-    if op == "masked_linear/parts":
-        parts = [d_out // 3, d_out - d_out // 3]
-        both = torch.stack([threshold(d_in, 1.0), threshold(d_in, 0.5)])
-        return [x, both, normal(d_in, d_out), maybe(d_out), parts]
-    if op == "gated_up":
-        gate_t, up = normal(d_in, inner), normal(d_in, inner).t().contiguous()
-        return [x, threshold(d_in, 1.0), gate_t, threshold(inner, 0.3), up, maybe(2 * inner), "silu"]
-    if op == "rank_linear":
-        basis = normal(d_in, inner).t().contiguous()
-        return [x, basis, threshold(inner, 1.0), normal(inner, d_out), maybe(d_out)]
-    up, down = normal(d_in, 2 * inner), normal(inner, d_out)
-    levels = threshold(d_in, 1.0)
-    if op == "gated_mlp/parts":
-        levels = torch.stack([levels, threshold(d_in, 0.5)])
-    return [x, levels, up, maybe(2 * inner), threshold(inner, 0.3), down, maybe(d_out), "silu"]
+    both = lambda: torch.stack([threshold(d_in, 1.0), threshold(d_in, 0.5)])  # noqa: E731
+    rank = lambda: [threshold(inner, 1.0), normal(inner, d_out), maybe(d_out)]  # noqa: E731
+    down = lambda: [threshold(inner, 0.3), normal(inner, d_out), maybe(d_out), "silu"]  # noqa: E731
+    up = lambda levels: [levels, normal(d_in, 2 * inner), maybe(2 * inner), *down()]  # noqa: E731
+    rest: dict[str, Callable[[], list[Any]]] = {
+        "linear": lambda: [normal(d_out, d_in), maybe(d_out)],
+        "masked_linear": lambda: [threshold(d_in, 1.0), normal(d_in, d_out), maybe(d_out)],
+        "masked_linear/parts": lambda: [both(), normal(d_in, d_out), maybe(d_out), [d_out // 3, d_out - d_out // 3]],
+        "rank_linear": lambda: [normal(d_in, inner).t().contiguous(), *rank()],
+        "gated_mlp": lambda: up(threshold(d_in, 1.0)),
+        "gated_mlp/parts": lambda: up(both()),
+        "gated_up": lambda: [
+            *(threshold(d_in, 1.0), normal(d_in, inner), threshold(inner, 0.3)),
+            *(normal(d_in, inner).t().contiguous(), maybe(2 * inner), "silu"),
+        ],
+    }
+    return [x, *rest[op]()]
 
 
 def check(op: str, where: str, args: list[Any]) -> None:
