@@ -188,7 +188,7 @@ class Reference:
             divergences.append(divergence / len(windows))
         greedy = self._agreement(session, handler)
         predicted = sum(site.error for site in plan.sites)
-        return Row(name, asked, *kept, *increases, *divergences, greedy, predicted, seconds)
+        return Row(name, asked, *kept, *increases, *divergences, greedy, predicted, seconds)  # type: ignore[call-arg]
 
     def _logits(self, session: Session, handler: Adapted, ids: Tensor) -> Tensor:
         """[length, vocabulary]: one forward pass without a cache, masks on for every token."""

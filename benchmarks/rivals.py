@@ -133,7 +133,7 @@ class Teal:
         modules = {w: self._model.get_submodule(w.rpartition(".")[0]) for e in members for w in e.site.weights}
         grid = tuple(1 - STEP * i for i in range(1, 10))
         size = {w: n * e.site.d_in for e in members for w, n in zip(e.site.weights, e.site.d_outs, strict=True)}
-        levels = {}
+        levels: dict[str, dict[float, float]] = {}
         for e in members:
             found = quantiles(e.x.abs(), grid)
             levels |= {

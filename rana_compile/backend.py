@@ -104,15 +104,18 @@ def _chosen(plan: Plan, options: BackendOptions) -> list[SitePlan]:
     ]
 
 
-def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan) -> bool:
-    """Whether the kernels take this site: rows fixed at compile time, one dtype they know, and faster there."""
+def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -> bool:
+    """Whether the kernels take this site: rows fixed at compile time, one dtype they know, and faster there.
+
+    Without a plan densities are unknown, and one row is assumed to gain.
+    """
     rows, device, dtype = match.rows, weights[0].device, weights[0].dtype
     mixed = {match.x.meta["example_value"].dtype, *(w.dtype for w in weights)} != {dtype}
     if not rows or mixed or dtype not in ops.DTYPES or not ops.is_supported(device.type):
         return False
-    site, basis = entry.site, entry.tensors.get("output_basis")
-    if "threshold" not in entry.tensors or entry.family == "gated":
+    if entry is None or "threshold" not in entry.tensors or entry.family == "gated":
         return rows == 1  # dense products, and rows of up that only one token agrees on
+    site, basis = entry.site, entry.tensors.get("output_basis")
     d, density = (site.d_in, entry.flops_kept) if basis is None else (basis.shape[1], entry.live[0] / basis.shape[1])
     gated = site.kind == "gate_up" and basis is None
     faster = ops.masked_is_faster(rows, d, site.d_out, density, dtype, device, gated)

@@ -84,10 +84,11 @@ def explain(
         matches = [match for found in capture.found for match in found.matches]
         skipped = tuple(dict.fromkeys(s for found in capture.found for s in found.skipped))
         total = max(sum(dense_flops(match.site) for match in matches), 1)
+        entries = {} if plan is None else {entry.site.weights: entry for entry in plan.sites}
         sites = []
         for match in matches:
             weights = [parameters[name] for name in match.site.weights if name in parameters]
-            action, reason = _outlook(match, plan, parsed, is_decode(match, weights))
+            action, reason = _outlook(match, plan, parsed, is_decode(match, weights, entries.get(match.site.weights)))
             sites.append(Outlook(match.site, match.rows, dense_flops(match.site) / total, action, reason))
         return Explanation(tuple(sites), skipped, len(capture.found))
 

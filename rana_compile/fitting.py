@@ -238,7 +238,8 @@ def rank_candidates(evidence: Evidence) -> Iterator[Candidate]:
         levels = quantiles(scores[:, :r], DENSITIES[:-1:3]).flip(0)
         priced = _price_levels(effect, never, torch.cat([torch.zeros(1), levels]))
         for level, (live, price) in zip([None, *levels], priced, strict=True):
-            name, tensors, counts = "low_rank", kept, ()
+            name, tensors = "low_rank", kept
+            counts: tuple[float, ...] = ()
             if level is not None:
                 name, tensors = "rank", kept | {"threshold": level / scale[:r].clamp_min(_TINY)}
                 counts = (live,)

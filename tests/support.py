@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rana_compile import testing
-from rana_compile.adapters.base import Tensors
+from rana_compile.adapters import FAMILIES, Tensors
 from rana_compile.plan import Plan, SitePlan, weight_hash
 from rana_compile.types import Site
 
@@ -39,7 +39,10 @@ def graph_of(module: nn.Module, *inputs: Tensor) -> fx.GraphModule:
 
 
 def site_plan(site: Site, family: str, tensors: Tensors, weights: Sequence[Tensor]) -> SitePlan:
-    return SitePlan(site, family, tensors, live=1.0, flops_kept=0.5, error=0.0, weight_hash=weight_hash(weights))
+    masks = len(FAMILIES[family].mask_flops(site)) if family != "dense" else 0
+    return SitePlan(
+        site, family, tensors, live=(1.0,) * masks, flops_kept=0.5, error=0.0, weight_hash=weight_hash(weights)
+    )
 
 
 def plan_of(module: nn.Module, *entries: tuple[Site, str, Tensors]) -> Plan:

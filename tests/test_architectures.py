@@ -151,7 +151,10 @@ def varied(inputs: Any, seed: int) -> dict[str, Any]:
 
 def everything(plan: Plan) -> Plan:
     """The plan with every site adapted and every coordinate kept: budget 1.0."""
-    sites = [replace(s, family="neuron", tensors={"threshold": torch.zeros(s.site.d_in)}) for s in plan.sites]
+    sites = [
+        replace(s, family="neuron", tensors={"threshold": torch.zeros(len(s.site.weights), s.site.d_in)})
+        for s in plan.sites
+    ]
     return Plan(tuple(sites), plan.skipped, 1.0, plan.model_flops, plan.info)
 
 

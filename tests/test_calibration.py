@@ -102,7 +102,7 @@ def test_interrupted_calibration_leaves_the_model_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"flops_budget": 0}, r"expected a share of the dense FLOPs in \(0, 1\]"),
+        ({"flops_budget": 0}, r"flops_budget is 0; expected a share in \(0, 1\]"),
         ({"flops_budget": 1.2}, "flops_budget is 1.2"),
         ({"flops_budget": float("nan")}, "flops_budget is nan"),
         ({"flops_budget": 0.01}, "cannot be reached"),

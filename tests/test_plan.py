@@ -24,7 +24,7 @@ def plan(model: nn.Module) -> Plan:
     basis = torch.linalg.qr(torch.randn(5, 3))[0]
     plan = plan_of(
         model,
-        (first, "neuron", {"threshold": torch.rand(6)}),
+        (first, "neuron", {"threshold": torch.rand(1, 6)}),
         (second, "rank", {"output_basis": basis, "threshold": torch.rand(3)}),
     )
     skipped = (Skipped("head.weight", "excluded by head"),)
@@ -131,7 +131,7 @@ def test_of_reads_a_path_once_until_it_changes(plan: Plan, tmp_path: Path) -> No
 
 def test_flops_are_weighted_by_site_and_include_the_rest_of_the_model(model: nn.Module) -> None:
     site = Site("0", "linear", ("0.weight",), 6, (4,))
-    entry = site_plan(site, "neuron", {"threshold": torch.zeros(6)}, [model[0].weight])  # keeps 0.5 of 48 FLOPs
+    entry = site_plan(site, "neuron", {"threshold": torch.zeros(1, 6)}, [model[0].weight])  # keeps 0.5 of 48 FLOPs
     plan = Plan((entry,), (), 0.5, model_flops=88.0)
     assert plan.flops_kept == pytest.approx(0.5)
     assert plan.flops_kept_model == pytest.approx((24 + 40) / 88)

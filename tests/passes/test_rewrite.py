@@ -11,6 +11,7 @@ from rana_compile.kernels import ops
 from rana_compile.passes.find import find_sites
 from rana_compile.passes.rewrite import Lowering, rewrite
 from rana_compile.testing import graph_text
+from rana_compile.types import Site
 
 
 class Block(nn.Module):
@@ -82,13 +83,22 @@ def golden(text: str) -> list[str]:
     return text.strip().split("\n")
 
 
-def tensors_for(family: str, weight: Tensor) -> Tensors:
+def tensors_for(family: str, weight: Tensor, linears: int) -> Tensors:
     basis = torch.linalg.svd(weight.detach(), full_matrices=False)[0]
     if family == "low_rank":
         return {"output_basis": basis[:, :3].contiguous()}
     if family == "rank":
         return {"output_basis": basis[:, :6].contiguous(), "threshold": torch.full((6,), 0.3)}
-    return {"threshold": torch.full((weight.shape[1],), 0.2)}
+    if family == "gated":
+        return {
+            "threshold": torch.full((1, weight.shape[1]), 0.2),
+            "gate_threshold": torch.full((len(weight) // 2,), 0.1),
+        }
+    return {"threshold": torch.full((linears, weight.shape[1]), 0.2) * torch.arange(1.0, linears + 1)[:, None]}
+
+
+def family_of(site: Site, family: str) -> str:
+    return "neuron" if family == "gated" and site.kind != "gate_up" else family
 
 
 def lowered(block: nn.Module, x: Tensor, family: str, decode: bool) -> tuple[list[str], list[str], Tensor]:
@@ -98,10 +108,11 @@ def lowered(block: nn.Module, x: Tensor, family: str, decode: bool) -> tuple[lis
     lowerings = []
     for match in find_sites(gm).matches:
         weights = [parameters[name] for name in match.site.weights]
-        tensors = tensors_for(family, torch.cat(weights))
+        name = family_of(match.site, family)
+        tensors = tensors_for(name, torch.cat(weights), len(weights))
         with torch.no_grad():
-            buffers = FAMILIES[family].pack(weights, tensors) if decode else tensors
-        lowerings.append(Lowering(match, family, decode, buffers))
+            buffers = FAMILIES[name].pack(match.site, weights, tensors) if decode else tensors
+        lowerings.append(Lowering(match, name, decode, buffers))
     before = graph_text(gm.graph)
     new = rewrite(gm, lowerings)
     assert graph_text(gm.graph) == before  # the given graph is never changed
@@ -122,11 +133,17 @@ def formula(block: Block, x: Tensor, family: str) -> Tensor:
     """The adapted block, site by site, in float64."""
 
     def site(x: Tensor, *linears: nn.Linear) -> list[Tensor]:
-        tensors = tensors_for(family, torch.cat([lin.weight for lin in linears]))
+        own = "neuron" if family == "gated" and linears[0] is not block.gate else family
+        tensors = tensors_for(own, torch.cat([lin.weight for lin in linears]), len(linears))
         weight = torch.cat([lin.weight for lin in linears]).double()
         bias = torch.cat([lin.weight.new_zeros(lin.out_features) if lin.bias is None else lin.bias for lin in linears])
-        if family == "neuron":
-            y = (x * (x.abs() >= tensors["threshold"].double())) @ weight.t()
+        if own == "neuron":
+            parts = zip(tensors["threshold"].double(), linears, strict=True)
+            y = torch.cat([(x * (x.abs() >= t)) @ lin.weight.double().t() for t, lin in parts], -1)
+        elif own == "gated":
+            gate = (x * (x.abs() >= tensors["threshold"][0].double())) @ linears[0].weight.double().t()
+            alive = F.silu(gate).abs() >= tensors["gate_threshold"].double()
+            y = torch.cat([gate, (x @ linears[1].weight.double().t()) * alive], -1)
         else:
             basis = tensors["output_basis"].double()
             z = x @ (basis.t() @ weight).t()
