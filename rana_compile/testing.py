@@ -75,7 +75,7 @@ def _graphs(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
 def graph_text(graph: fx.Graph) -> list[str]:
     """One line per call: results numbered, parameters under their own names, getitem as an index."""
     names: dict[fx.Node, str] = {}
-    lines = []
+    lines: list[str] = []
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             names[node] = source_name(node) or str(node.target).removeprefix("L_").rstrip("_").lower()

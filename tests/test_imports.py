@@ -17,9 +17,9 @@ LAYERS = (
     {"adapters", "allocation", "statistics", "objective", "fitting", "recipes", "plan", "report", "binding"},
     {"passes"},
     {"calibration", "evaluation"},
-    {"self_calibration"},
+    {"self_calibration", "profiled", "wrapped_generate"},
     {"backend"},
-    {"explain", "testing"},
+    {"outlook", "testing"},
     {"cli"},
 )
 LAYER_OF = {module: i for i, layer in enumerate(LAYERS) for module in layer}
