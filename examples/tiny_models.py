@@ -200,3 +200,18 @@ def build(name: str, layers: int = 2) -> tuple[nn.Module, Callable[[int, int], d
     """(model, inputs) of an architecture by its name in ``MODELS``."""
     tiny = MODELS[name]
     return tiny.make(layers), tiny.inputs
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer of single characters that fits ``VOCABULARY``, with ``[MASK]``."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", "[MASK]"]
+    characters = [chr(c) for c in range(32, 127)]
+    words = models.WordLevel({word: i for i, word in enumerate(special + characters)}, unk_token="[UNK]")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]", mask_token="[MASK]"
+    )

@@ -11,13 +11,14 @@ import re
 from torch import fx, nn
 
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
+_DICT = re.compile(r"__dict__\['(_modules|_parameters|_buffers)'\]")  # modules that define __getattr__, as peft's
 _PATH = re.compile(r"^[LG]\['[^']+'\]\.?")
 
 
 def source_name(placeholder: fx.Node) -> str | None:
     """The parameter's dotted name relative to the compiled module, or None if it is not a module's tensor."""
     source = getattr(placeholder, "_dynamo_source", None)
-    parts = _PART.findall(source.name if source is not None else "")
+    parts = _PART.findall(_DICT.sub(r"\1", source.name) if source is not None else "")
     return ".".join(parts) or None
 
 
@@ -40,5 +41,5 @@ def module_name(node: fx.Node) -> str | None:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return None
-    path = _PATH.sub("", list(stack.values())[-1][0])
+    path = _PATH.sub("", _DICT.sub(r"\1", list(stack.values())[-1][0]))
     return re.sub(r"_modules\['([^']+)'\]", r"\1", path) or None

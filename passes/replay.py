@@ -24,9 +24,9 @@ _MODES = {torch._C._set_grad_enabled, torch.autograd.grad_mode._enter_inference_
 
 @dataclass(frozen=True)
 class Output:
-    """The model's result on one call. ``logits``: scores of a distribution over the last dimension, or None."""
+    """The model's result on one call, named as transformers does; ``logits`` only where a linear gave it."""
 
-    value: Tensor
+    last_hidden_state: Tensor
     logits: Tensor | None
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rana_compile.calibration import calibrate as calibrate
     from rana_compile.evaluation import adapted as adapted
     from rana_compile.evaluation import measure_cost as measure_cost
-    from rana_compile.explain import explain as explain
+    from rana_compile.outlook import explain as explain
     from rana_compile.plan import Plan as Plan
     from rana_compile.self_calibration import plan_of as plan_of
     from rana_compile.types import ConfigError as ConfigError
@@ -23,7 +23,7 @@ _WHERE = {
     "calibrate": "calibration",
     "measure_cost": "evaluation",
     "adapted": "evaluation",
-    "explain": "explain",
+    "explain": "outlook",
     "plan_of": "self_calibration",
     "ConfigError": "types",
     "PlanError": "types",

@@ -14,11 +14,12 @@ from rana_compile.kernels import ops
 from rana_compile.passes.expand import expand
 from rana_compile.passes.find import bind_sites
 from rana_compile.passes.fuse import fuse_gated_mlps
-from rana_compile.passes.match import Match
+from rana_compile.passes.match import Found, Match
 from rana_compile.passes.rewrite import Lowering, copy_dynamo_graph, rewrite
-from rana_compile.plan import Plan, SitePlan
-from rana_compile.self_calibration import profiled
+from rana_compile.plan import Plan, SitePlan, weight_hash
+from rana_compile.profiled import profiled
 from rana_compile.types import parameter_filter
+from rana_compile.wrapped_generate import follow_generate
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,9 @@ def rana(
 
     if parsed.plan is None:
         return profiled(gm, example_inputs, parsed, compile_graph)
-    return compile_graph(example_inputs, Plan.of(parsed.plan))
+    plan = Plan.of(parsed.plan)
+    matches = tuple(bind_sites(gm, [entry.site for entry in _chosen(plan, parsed)]))
+    return profiled(gm, example_inputs, parsed, compile_graph, (plan, Found(matches, (), ())))
 
 
 Refresh = list[tuple[Bound, tuple[int, ...]]]  # a bound site and the positions of its weights among the inputs
@@ -63,7 +66,7 @@ def adapt_graph(
     """The graph with the plan's adapters, and what to check against its weights before each call."""
     position = {node: i for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
     entries = {s.site.weights: s for s in _chosen(plan, options)}
-    matches = bind_sites(gm, [s.site for s in entries.values()])
+    matches = _unambiguous(bind_sites(gm, [s.site for s in entries.values()]), entries, position, example_inputs)
     lowerings: list[Lowering] = []
     refresh: Refresh = []
     for match in matches:
@@ -92,10 +95,28 @@ def adapt_graph(
     return (rewrite(gm, fuse_gated_mlps(lowerings)) if lowerings else copy_dynamo_graph(gm)[0]), refresh
 
 
+def _unambiguous(
+    matches: Sequence[Match],
+    entries: Mapping[tuple[str, ...], SitePlan],
+    position: Mapping[fx.Node, int],
+    example_inputs: Sequence[Any],
+) -> list[Match]:
+    """One match per linear. In a part of a model names are short and fit several layers: the weights decide."""
+    by_nodes: dict[tuple[fx.Node, ...], list[Match]] = {}
+    for match in matches:
+        by_nodes.setdefault(tuple(lin.node for lin in match.linears), []).append(match)
+    chosen = []
+    for same in by_nodes.values():
+        weights = [example_inputs[position[lin.weight]] for lin in same[0].linears]
+        digest = weight_hash(weights) if len(same) > 1 else ""
+        chosen.append(next((m for m in same if entries[m.site.weights].weight_hash == digest), same[0]))
+    return chosen
+
+
 def _chosen(plan: Plan, options: BackendOptions) -> list[SitePlan]:
     """The plan's sites that the options let through."""
-    sites = [s.site for s in plan.sites]
-    keep = parameter_filter(options.include, options.exclude, [name for site in sites for name in site.weights])
+    names = [name for entry in plan.sites for name in entry.site.weights] + [s.name for s in plan.skipped]
+    keep = parameter_filter(options.include, options.exclude, names)
     least = options.min_features or 0
     return [
         entry
@@ -153,3 +174,6 @@ def _refreshing(compiled: Callable[..., Any], refresh: Refresh) -> Callable[...,
         return compiled(*args)
 
     return call
+
+
+follow_generate(rana)

@@ -24,8 +24,6 @@ class BackendOptions:
         mode: passed on to Inductor (``"default"``, ``"reduce-overhead"``, ``"max-autotune"``, ...).
         inductor: further Inductor options, as ``torch.compile(options=...)`` would take them.
         compiler: the backend that compiles the rewritten graph; ``"aot_eager"`` or ``"eager"`` to look for an error.
-        free_dense_weights: give back the memory of weights that adapters have copied. For inference only, and only a
-            fresh load of the model brings them back. Needs ``prefill="adapted"`` and a plan.
         flops_budget, recipe: without a plan, as ``calibrate`` takes them.
         calibration_tokens: without a plan, tokens to see before the fit.
         max_divergence: without a plan, the most that the adapted outputs may diverge from the dense ones on inputs
@@ -41,7 +39,6 @@ class BackendOptions:
     mode: str | None = None
     inductor: Mapping[str, Any] | None = None
     compiler: str = "inductor"
-    free_dense_weights: bool = False
     flops_budget: float = 0.7
     recipe: str = "auto"
     calibration_tokens: int = 8192
@@ -73,8 +70,6 @@ class BackendOptions:
             raise ConfigError(f"option 'prefill' is {self.prefill!r}; expected 'adapted' or 'dense'")
         if self.inductor is not None and not isinstance(self.inductor, Mapping):
             raise ConfigError(f"option 'inductor' is a {type(self.inductor).__name__}; expected a dict")
-        if self.free_dense_weights and (self.plan is None or self.prefill == "dense"):
-            raise ConfigError("option 'free_dense_weights' needs a plan and prefill='adapted': nothing else reads them")
         for name, least in {"min_features": 0, "calibration_tokens": 1, "max_divergence": 0}.items():
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and value >= least

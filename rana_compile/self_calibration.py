@@ -5,42 +5,34 @@
     from then on      every graph of the model runs adapted, or, if the check failed, dense as before
 
 A backend sees graphs, not models: graphs that share a weight belong to one ``Session``, which fits one plan for all.
-Kept calls are replayed on copies of their inputs, so a cache that is updated in place is never touched. A graph is
-compiled a second time where it stands, within Dynamo's own context, so Dynamo sees no recompilation.
+Kept calls are replayed on copies of their inputs, so a cache that is updated in place is never touched.
 """
 
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, fx, nn
-from torch._guards import CompileContext, TracingContext, compile_context, tracing
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rana_compile.binding import bound_plans, plainly, stamp
-from rana_compile.calibration import check_recipe, fit_recorded
+from rana_compile.binding import bound_plans, plainly
+from rana_compile.calibration import fit_recorded
 from rana_compile.config import BackendOptions
-from rana_compile.correction import Target
 from rana_compile.objective import divergence
-from rana_compile.passes.find import bind_sites, find_sites
 from rana_compile.passes.interpret import Handler
 from rana_compile.passes.match import Found
-from rana_compile.passes.names import source_name
 from rana_compile.passes.record import Adapted, dense_handler
-from rana_compile.passes.replay import Output, Replay
+from rana_compile.passes.replay import Output
 from rana_compile.plan import Plan
 from rana_compile.report import totals
-from rana_compile.types import PlanError, RanaError, Site, Skipped, common_name, parameter_filter
+from rana_compile.types import RanaError, Site, Skipped, common_name
 
 log = logging.getLogger(__name__)
 
-Compiled = Callable[..., Any]
-Compile = Callable[[Sequence[Any], Plan | None], Compiled]
-MIN_FEATURES = 32
 KEPT_BYTES = 1 << 30  # of inputs, for all calls of a session
 FEW_ROWS = 8  # a call of fewer rows (decode) brings its whole cache for little evidence: a sample of them is kept
 PATIENCE = 4  # times calibration_tokens are seen before fitting on less than that
@@ -48,11 +40,25 @@ LEAST_SHARE = 1 / 8  # of calibration_tokens that must have been kept by then
 MAX_RESTARTS = 3
 
 
+class Use(Protocol):
+    """One model's use of one graph."""
+
+    @property
+    def parameters(self) -> Sequence[int]:
+        """Positions of the module's parameters among the inputs."""
+
+    def rows(self, args: Sequence[Any]) -> int:
+        """Rows (batch · sequence) of a call."""
+
+    def run_again(self, inputs: Mapping[int, Any], handler: Handler) -> Output:
+        """The result of a call on copies of its inputs, with every site in the handler's hands."""
+
+
 @dataclass(frozen=True)
 class Call:
-    """One recorded call: its graph (weakly) and copies of the inputs that are not parameters, by position."""
+    """One recorded call: whose it was (weakly), and copies of the inputs that are not parameters, by position."""
 
-    graph: "weakref.ref[Profiled]"
+    use: weakref.ref[Use]
     inputs: Mapping[int, Any]
     rows: int
 
@@ -99,17 +105,17 @@ class Session:
                 self.sites[match.site.weights] = match.site
         self.weights.update({name: weakref.ref(w) for name, w in weights.items()})
 
-    def see(self, graph: "Profiled", args: Sequence[Any]) -> None:
+    def see(self, use: Use, args: Sequence[Any]) -> None:
         """Keep a call's inputs if they are worth it; fit once there are enough."""
-        rows = graph.replay.rows(args)
+        rows = use.rows(args)
         self.seen += rows
         decode = rows < FEW_ROWS
         self.decode_calls += decode
         if not decode or self._is_drawn():
-            inputs = _copies(args, graph.parameters)
+            inputs = _copies(args, use.parameters)
             size = sum(t.nbytes for t in inputs.values() if isinstance(t, Tensor))
             if self.bytes + size <= KEPT_BYTES:
-                self.calls.append(Call(weakref.ref(graph), inputs, rows))
+                self.calls.append(Call(weakref.ref(use), inputs, rows))
                 self.kept += rows
                 self.bytes += size
         wanted = self.options.calibration_tokens
@@ -130,7 +136,7 @@ class Session:
             log.info("rana: %s; calibrating on the next calls", reason)
 
     def _fit(self) -> None:
-        calls, self.calls = [call for call in self.calls if call.graph() is not None], []
+        calls, self.calls = [call for call in self.calls if call.use() is not None], []
         wanted = self.options.calibration_tokens
         if self.kept < LEAST_SHARE * wanted or len(calls) < 2:
             self._stay_dense(
@@ -171,9 +177,9 @@ class Session:
 
 
 def _replay(call: Call, handler: Handler) -> Output:
-    graph = call.graph()
-    assert graph is not None
-    return graph.run_again(call.inputs, handler)
+    use = call.use()
+    assert use is not None
+    return use.run_again(call.inputs, handler)
 
 
 def _divergence(plan: Plan, calls: Sequence[Call]) -> float:
@@ -185,7 +191,8 @@ def _divergence(plan: Plan, calls: Sequence[Call]) -> float:
         if exact.logits is not None and approximate.logits is not None:
             apart = divergence(exact.logits, approximate.logits)
         else:
-            apart = float((exact.value - approximate.value).norm() / exact.value.norm().clamp_min(1e-30))
+            dense = exact.last_hidden_state
+            apart = float((approximate.last_hidden_state - dense).norm() / dense.norm().clamp_min(1e-30))
         total += apart * call.rows
         rows += call.rows
     return total / max(rows, 1)
@@ -200,134 +207,13 @@ def _copies(args: Sequence[Any], parameters: Sequence[int]) -> dict[int, Any]:
         }
 
 
-class Profiled:
-    """One compiled graph of a session: dense until there is a plan, then adapted.
-
-    Attributes:
-        parameters: positions of the module's parameters among the inputs.
-        replay: the graph, to run again on recorded inputs.
-    """
-
-    def __init__(
-        self, gm: fx.GraphModule, example_inputs: Sequence[Any], session: Session, compile_graph: Compile
-    ) -> None:
-        self.session = session
-        self.parameters = tuple(i for i, value in enumerate(example_inputs) if isinstance(value, nn.Parameter))
-        self.replay = Replay(gm, bind_sites(gm, list(session.sites.values())))
-        self._weights = [example_inputs[i] for i in self.parameters]
-        self._stamp = stamp(self._weights)
-        self._autocast = _autocast_of(self._weights)
-        self._contexts = TracingContext.get(), CompileContext.try_get()
-        self._compile = compile_graph
-        self._examples = list(example_inputs)
-        self._dense: Compiled | None = None
-        self._plan: Plan | None = None
-        self._run = self._compiled(session.plan)
-        self._examples = [_fake(value, self._contexts[0]) for value in example_inputs]  # do not keep a cache alive
-
-    def _compiled(self, plan: Plan | None) -> Compiled:
-        if plan is not None:
-            try:
-                run = self._compile(self._examples, plan)
-            except PlanError as error:
-                self.session.restart(str(error))
-            else:
-                self._plan = plan
-                return run
-        self._plan, self._stamp = None, stamp(self._weights)
-        if self._dense is None:
-            self._dense = self._compile(self._examples, None)
-        return self._dense
-
-    def __call__(self, *args: Any) -> Any:
-        session = self.session
-        if session.recording:
-            with session.lock:
-                if session.recording:
-                    self._record(args)
-        if self._plan is not session.plan:
-            self._switch()
-        try:
-            return self._run(*args)
-        except PlanError as error:  # raised before anything ran
-            with session.lock:
-                if self._plan is session.plan:
-                    session.restart(str(error))
-            self._switch()
-            return self._run(*args)
-
-    def _record(self, args: Sequence[Any]) -> None:
-        now = stamp(self._weights)
-        if now != self._stamp:
-            self._stamp = now
-            self.session.restart("the weights changed while calibrating")
-        if self.session.recording and self.replay.has_output and not self.replay.is_random:
-            self.session.see(self, args)
-
-    def _switch(self) -> None:
-        """Run as the session has decided; compiled as if Dynamo had just traced the graph."""
-        context, compiling = self._contexts
-        with self.session.lock, tracing(context), compile_context(compiling):
-            self._run = self._compiled(self.session.plan)
-
-    def run_again(self, inputs: Mapping[int, Any], handler: Handler) -> Output:
-        args = dict(inputs) | dict(zip(self.parameters, map(_constant, self._weights), strict=True))
-        fresh = [v.clone() if isinstance(v, Tensor) and i in inputs else v for i, v in sorted(args.items())]
-        device, dtype, enabled = self._autocast
-        with torch.autocast(device, dtype, enabled):
-            return self.replay.run(fresh, handler)
-
-
-def _constant(weight: Tensor) -> Tensor:
-    """The weight without gradient; one made in inference mode is copied, autograd refuses it."""
-    return weight.clone() if weight.is_inference() else weight.detach()
-
-
-def _fake(value: Any, context: TracingContext) -> Any:
-    """The stand-in that the first compilation made for an input, parameters themselves excepted."""
-    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
-        return value
-    assert context.fake_mode is not None
-    return context.fake_mode.from_tensor(value)  # remembered while the value lives
-
-
-def _autocast_of(weights: Sequence[Tensor]) -> tuple[str, torch.dtype, bool]:
-    device = weights[0].device.type
-    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-
-
 _SESSIONS = WeakTensorKeyDictionary()  # weight -> sessions
 
 
-def profiled(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions, compile_graph: Compile
-) -> Compiled:
-    """A graph that calibrates itself, or is adapted at once if its model has a plan by now.
-
-    Args:
-        compile_graph: compiles ``gm`` for example inputs with a plan's adapters, or densely for None.
-
-    Raises ConfigError for bad options.
-    """
-    check_recipe(options.recipe, Target.of(options.flops_budget, None, None))
-    nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    names = {name: i for i, node in enumerate(nodes) if (name := source_name(node))}
-    keep = parameter_filter(options.include, options.exclude, list(names))
-    least = MIN_FEATURES if options.min_features is None else options.min_features
-    found = find_sites(gm, keep, options.recipe == "rana", least)
-    position = {node: i for i, node in enumerate(nodes)}
-    adaptable = {lin.weight_name: example_inputs[position[lin.weight]] for m in found.matches for lin in m.linears}
-    if not adaptable:
-        log.info("rana: nothing to adapt in a graph of %d nodes", len(gm.graph.nodes))
-        return compile_graph(example_inputs, None)
-    others = {name: example_inputs[i] for name, i in names.items() if isinstance(example_inputs[i], nn.Parameter)}
-    session = _session_of(list(adaptable.values()), options)
-    with session.lock:
-        session.add(found, others | adaptable)
-        return Profiled(gm, example_inputs, session, compile_graph)
-
-
-def _session_of(weights: Sequence[Tensor], options: BackendOptions) -> Session:
+def session_of(weights: Sequence[Tensor], options: BackendOptions, given: Plan | None = None) -> Session:
+    """The session of the model that these weights belong to; with the user's plan there is nothing to fit."""
+    if given is not None:
+        return Session(options, plan=given)
     known = (session for w in weights for session in _SESSIONS.get(w, ()) if session.options == options)
     session = next(known, None) or Session(options)
     for weight in weights:
@@ -351,7 +237,10 @@ def plan_of(model: nn.Module) -> Plan:
     if len(plans) == 1 and all(name in parameters for s in plans[0].sites for name in s.site.weights):
         return plans[0]
     if not fitted:
-        why = "; ".join(map(str, sessions)) or 'it was not called since model.compile(backend="rana")'
+        why = "; ".join(map(str, sessions)) or (
+            'it was not called since model.compile(backend="rana"), or nothing in it can be adapted '
+            "(rana_compile.explain tells)"
+        )
         raise RanaError(f"the model has no plan: {why}")
     return _joined([(s.plan, s.names_in(parameters)) for s in sessions if s.plan is not None])
 

@@ -20,8 +20,6 @@ from rana_compile.types import ConfigError
         ({"calibration_tokens": 0}, None, "'calibration_tokens' is 0; expected a number of at least 1"),
         ({"max_divergence": "low"}, None, "'max_divergence' is 'low'"),
         ({"min_features": -1}, None, "'min_features' is -1"),
-        ({"free_dense_weights": True}, None, "needs a plan"),
-        ({"plan": "p", "prefill": "dense", "free_dense_weights": True}, None, "needs a plan and prefill='adapted'"),
     ],
 )
 def test_bad_options_say_what_is_known(options: dict | None, mode: str | None, message: str) -> None:

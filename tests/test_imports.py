@@ -18,9 +18,9 @@ LAYERS = (
     {"passes"},
     {"correction"},
     {"calibration", "evaluation"},
-    {"self_calibration"},
+    {"self_calibration", "profiled", "wrapped_generate"},
     {"backend"},
-    {"explain", "testing"},
+    {"outlook", "testing"},
     {"cli"},
 )
 LAYER_OF = {module: i for i, layer in enumerate(LAYERS) for module in layer}

@@ -1,5 +1,7 @@
 """A few truths on a real model, SmolLM2-135M, and text that no fit has seen."""
 
+import copy
+import logging
 import math
 from collections.abc import Iterator
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 import rana_compile
 from rana_compile import Plan
+from rana_compile.testing import count_compilations
 
 WINDOW = 384
 
@@ -58,3 +61,29 @@ def test_one_decoded_token_through_the_kernels(loaded: tuple[nn.Module, Tensor, 
     with rana_compile.adapted(model, plan) as run, torch.no_grad():
         expected = run(input_ids=ids, use_cache=False).logits
     assert (got - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_self_calibration_in_a_generate_loop(
+    loaded: tuple[nn.Module, Tensor, Tensor], plan: Plan, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On the tokens of an explicit calibration: one swap, no compilation after it, and about the same quality."""
+    model, calibration, held_out = loaded
+    caplog.set_level(logging.INFO, "rana_compile.self_calibration")
+    fast = copy.deepcopy(model)
+    options = {"flops_budget": 0.6, "recipe": "neuron", "exclude": ["lm_head"], "compiler": "eager"}
+    fast.compile(backend="rana", options=options | {"calibration_tokens": calibration.numel()})
+    for ids in calibration.split(1):
+        assert not caplog.messages
+        fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False, pad_token_id=0)
+    (line,) = caplog.messages
+    with count_compilations() as counts:
+        ids = calibration[:1]
+        fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert counts.graphs == 0 and len(caplog.messages) == 1
+    assert "120 of 120 sites adapted" in line and float(line.split("divergence ")[1].split()[0]) < 0.3
+    dense = mean_nll(model, held_out)
+    increases = []
+    for one in (rana_compile.plan_of(fast), plan):
+        with rana_compile.adapted(model, one) as run:
+            increases.append(mean_nll(run, held_out) - dense)
+    assert increases[0] < 1.1 * increases[1]

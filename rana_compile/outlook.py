@@ -13,8 +13,8 @@ from rana_compile.passes.interpret import capturing, undisturbed
 from rana_compile.passes.match import Match
 from rana_compile.passes.record import dense_handler
 from rana_compile.plan import Plan
+from rana_compile.profiled import MIN_FEATURES
 from rana_compile.report import table_text
-from rana_compile.self_calibration import MIN_FEATURES
 from rana_compile.types import Site, Skipped, parameter_filter
 
 
@@ -42,11 +42,13 @@ class Explanation:
 
     Attributes:
         graphs: graphs that Dynamo makes of the call; more than one means that it breaks.
+        when: without a plan, what comes first.
     """
 
     sites: tuple[Outlook, ...]
     skipped: tuple[Skipped, ...]
     graphs: int
+    when: str = ""
 
     def __str__(self) -> str:
         rows = (
@@ -55,7 +57,7 @@ class Explanation:
         )
         columns = ("site", "features", "rows", "of FLOPs", "", "why")
         adapted = sum(o.action == "adapted" for o in self.sites)
-        summary = f"{adapted} of {len(self.sites)} sites would be adapted, in {self.graphs} graph(s)"
+        summary = f"{adapted} of {len(self.sites)} sites would be adapted{self.when}, in {self.graphs} graph(s)"
         return table_text("rana_compile outlook", columns, ("site", "", "why"), rows, summary, self.skipped)
 
 
@@ -90,21 +92,19 @@ def explain(
             weights = [parameters[name] for name in match.site.weights if name in parameters]
             action, reason = _outlook(match, plan, parsed, is_decode(match, weights, entries.get(match.site.weights)))
             sites.append(Outlook(match.site, match.rows, dense_flops(match.site) / total, action, reason))
-        return Explanation(tuple(sites), skipped, len(capture.found))
+        when = f" after {parsed.calibration_tokens:,} tokens, at {parsed.flops_budget:.0%} of their FLOPs"
+        return Explanation(tuple(sites), skipped, len(capture.found), when if plan is None else "")
 
 
 def _outlook(match: Match, plan: Plan | None, options: BackendOptions, decode: bool) -> tuple[str, str]:
-    when = f"after {options.calibration_tokens:,} tokens, at {options.flops_budget:.0%} of all FLOPs"
+    adapter = "the fit decides how"
     if plan is not None:
-        entries = {entry.site.weights: entry for entry in plan.sites}
-        entry = entries.get(match.site.weights)
-        if entry is None:
-            return "dense", "not in the plan"
-        if entry.family == "dense":
-            return "dense", "the plan keeps it dense"
-        when = f"{entry.family} adapter, {entry.flops_kept:.0%} of its FLOPs"
+        entry = next((entry for entry in plan.sites if entry.site.weights == match.site.weights), None)
+        if entry is None or entry.family == "dense":
+            return "dense", "not in the plan" if entry is None else "the plan keeps it dense"
+        adapter = f"{entry.family}, {entry.flops_kept:.0%} of its FLOPs"
     if decode:
-        return "adapted", f"{when}; masked kernels"
+        return "adapted", f"{adapter}; masked kernels"
     if options.prefill == "dense" and match.rows != 1:
         return "dense", "more than one row, and prefill='dense'"
-    return "adapted", f"{when}; masked dense form: no faster than dense"
+    return "adapted", f"{adapter}; masked dense form, no faster"

@@ -1,0 +1,220 @@
+"""The callable of a graph that calibrates itself: dense until its model has a plan, then adapted.
+
+Dynamo lets models of one structure share a graph, so each model has its own ``Use`` of it. A graph is compiled a second
+time where it stands, within Dynamo's own context, so Dynamo sees no recompilation.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._guards import CompileContext, TracingContext, compile_context, tracing
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from rana_compile.binding import Stamp, stamp
+from rana_compile.calibration import check_recipe
+from rana_compile.config import BackendOptions
+from rana_compile.correction import Target
+from rana_compile.passes.find import bind_sites, find_sites
+from rana_compile.passes.interpret import Handler
+from rana_compile.passes.match import Found
+from rana_compile.passes.names import source_name, used_name
+from rana_compile.passes.products import products
+from rana_compile.passes.replay import Output, Replay
+from rana_compile.plan import Plan
+from rana_compile.self_calibration import session_of
+from rana_compile.types import PlanError, RanaError, parameter_filter
+
+log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+Compile = Callable[[Sequence[Any], Plan | None], Compiled]
+MIN_FEATURES = 32
+
+
+def profiled(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: BackendOptions,
+    compile_graph: Compile,
+    given: tuple[Plan, Found] | None = None,
+) -> Compiled:
+    """A graph that is adapted at once if there is a plan, given or fitted by now, or else calibrates itself.
+
+    Args:
+        compile_graph: compiles ``gm`` for example inputs with a plan's adapters, or densely for None.
+        given: the user's plan and its sites in this graph.
+
+    Raises ConfigError for bad options, PlanError if the given plan does not belong to the weights.
+    """
+    plan, found = given or (None, _found(gm, options))
+    if not found.matches:
+        log.info("rana: nothing to adapt in a graph of %d nodes", len(gm.graph.nodes))
+        return compile_graph(example_inputs, None)
+    return Profiled(gm, example_inputs, found, options, compile_graph, plan)
+
+
+def _found(gm: fx.GraphModule, options: BackendOptions) -> Found:
+    check_recipe(options.recipe, Target.of(options.flops_budget, None, None))
+    nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    names = [*map(source_name, nodes), *(used_name(p.node, p.weight) for p in products(gm.graph))]
+    keep = parameter_filter(options.include, options.exclude, [name for name in names if name])
+    least = MIN_FEATURES if options.min_features is None else options.min_features
+    return find_sites(gm, keep, options.recipe == "rana", least)
+
+
+class Profiled:
+    """A compiled graph. Dynamo lets models of one structure share it, so it dispatches on the weights of a call.
+
+    Attributes:
+        parameters: positions of the module's parameters among the inputs.
+        names: positions of named weights.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        found: Found,
+        options: BackendOptions,
+        compile_graph: Compile,
+        given: Plan | None,
+    ) -> None:
+        nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        position = {node: i for i, node in enumerate(nodes)}
+        self.gm, self.found, self.options, self.given = gm, found, options, given
+        self.parameters = tuple(i for i, value in enumerate(example_inputs) if isinstance(value, nn.Parameter))
+        self.adaptable = {lin.weight_name: position[lin.weight] for m in found.matches for lin in m.linears}
+        named = {name: i for i, node in enumerate(nodes) if i in self.parameters and (name := source_name(node))}
+        self.names = named | self.adaptable
+        self.autocast = _autocast_of(example_inputs[self.parameters[0]].device.type)
+        self._key = next(iter(self.adaptable.values()))
+        self._context, self._compiling = TracingContext.get(), CompileContext.try_get()
+        self._compile = compile_graph
+        self._dense: Compiled | None = None
+        self._uses = WeakTensorKeyDictionary()
+        self._examples = list(example_inputs)
+        self._use_of(example_inputs)
+        kept = set(self.parameters)  # do not keep a model or a cache alive
+        self._examples = [None if i in kept else _fake(v, self._context) for i, v in enumerate(example_inputs)]
+
+    def __call__(self, *args: Any) -> Any:
+        return self._use_of(args)(*args)
+
+    def _use_of(self, args: Sequence[Any]) -> "Use":
+        use: Use | None = self._uses.get(args[self._key])
+        if use is None:
+            use = self._uses[args[self._key]] = Use(self, args)
+        return use
+
+    def compiled(self, plan: Plan | None, args: Sequence[Any]) -> Compiled:
+        """The graph with a plan's adapters for the weights in these inputs, or dense for all weights."""
+        if plan is None and self._dense is not None:
+            return self._dense
+        examples = [args[i] if i in self.parameters else value for i, value in enumerate(self._examples)]
+        with self._as_dynamo_left_it():
+            run = self._compile(examples, plan)
+        if plan is None:
+            self._dense = run
+        return run
+
+    @contextmanager
+    def _as_dynamo_left_it(self) -> Iterator[None]:
+        if TracingContext.try_get() is self._context:  # Dynamo is tracing this very graph
+            yield
+            return
+        with tracing(self._context), compile_context(self._compiling):
+            yield
+
+
+class Use:
+    """One model's use of a graph: dense until its session has a plan, then adapted."""
+
+    def __init__(self, graph: Profiled, args: Sequence[Any]) -> None:
+        self.graph = graph
+        self.parameters = graph.parameters
+        self._weights = [weakref.ref(args[i]) for i in graph.parameters]
+        self.session = session_of([args[i] for i in graph.adaptable.values()], graph.options, graph.given)
+        with self.session.lock:
+            self.session.add(graph.found, {name: args[i] for name, i in graph.names.items()})
+        self.replay = Replay(graph.gm, bind_sites(graph.gm, list(self.session.sites.values())))
+        self._plan: Plan | None = None
+        self._stamp: Stamp = ()
+        self._switch(args)
+
+    def __call__(self, *args: Any) -> Any:
+        session = self.session
+        if session.recording:
+            with session.lock:
+                if session.recording:
+                    self._record(args)
+        if self._plan is not session.plan:
+            self._switch(args)
+        try:
+            return self._run(*args)
+        except PlanError as error:  # raised before anything ran
+            self._give_up(error)
+            self._switch(args)
+            return self._run(*args)
+
+    def _record(self, args: Sequence[Any]) -> None:
+        now = self._stamp_of(args)
+        if now != self._stamp:
+            self._stamp = now
+            self.session.restart("the weights changed while calibrating")
+        if self.session.recording and self.replay.has_output and not self.replay.is_random:
+            self.session.see(self, args)
+
+    def _switch(self, args: Sequence[Any]) -> None:
+        """Run as the session has decided."""
+        with self.session.lock:
+            self._plan, self._stamp = self.session.plan, self._stamp_of(args)
+            try:
+                self._run = self.graph.compiled(self._plan, args)
+            except PlanError as error:
+                self._give_up(error)
+                self._plan, self._run = None, self.graph.compiled(None, args)
+
+    def _give_up(self, error: PlanError) -> None:
+        if self.graph.given is not None:
+            raise error
+        with self.session.lock:
+            if self._plan is self.session.plan is not None:
+                self.session.restart(str(error))
+
+    def _stamp_of(self, args: Sequence[Any]) -> Stamp:
+        return stamp([args[i] for i in self.graph.parameters])
+
+    def rows(self, args: Sequence[Any]) -> int:
+        return self.replay.rows(args)
+
+    def run_again(self, inputs: Mapping[int, Any], handler: Handler) -> Output:
+        args = {i: v.clone() if isinstance(v, Tensor) else v for i, v in inputs.items()}
+        for i, ref in zip(self.graph.parameters, self._weights, strict=True):
+            if (weight := ref()) is None:
+                raise RanaError("the model was deleted while calibrating")
+            args[i] = _constant(weight)
+        device, dtype, enabled = self.graph.autocast
+        with torch.autocast(device, dtype, enabled):
+            return self.replay.run([args[i] for i in sorted(args)], handler)
+
+
+def _constant(weight: Tensor) -> Tensor:
+    """The weight without gradient; one made in inference mode is copied, autograd refuses it."""
+    return weight.clone() if weight.is_inference() else weight.detach()
+
+
+def _fake(value: Any, context: TracingContext) -> Any:
+    """The stand-in that the first compilation made for an input, parameters themselves excepted."""
+    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+        return value
+    assert context.fake_mode is not None
+    return context.fake_mode.from_tensor(value)  # remembered while the value lives
+
+
+def _autocast_of(device: str) -> tuple[str, torch.dtype, bool]:
+    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)

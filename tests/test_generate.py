@@ -1,0 +1,132 @@
+"""generate, as people call it: the compiled model gives the tokens of the adapted model run eagerly."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import tiny_llama, tokens
+from tiny_models import build
+from torch import Tensor, nn
+
+import rana_compile
+from rana_compile import Plan
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return tiny_llama(layers=1)
+
+
+@pytest.fixture(scope="module")
+def plan(model: nn.Module) -> Plan:
+    return rana_compile.calibrate(model, tokens(6), flops_budget=0.6, recipe="neuron", progress=False)
+
+
+def run_eagerly(model: nn.Module, plan: Plan) -> nn.Module:
+    """A model whose linears see masked inputs, by hooks: no compiler anywhere."""
+    other = copy.deepcopy(model)
+    for entry in plan.adapted:
+        assert entry.family == "neuron"
+        for name in entry.site.weights:
+            other.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
+                masking(entry.tensors["threshold"])
+            )
+    return other
+
+
+def masking(threshold: Tensor) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
+    return lambda module, args: args[0] * (args[0].abs() >= threshold)
+
+
+def compiled(model: nn.Module, plan: Plan, **options: Any) -> nn.Module:
+    other = copy.deepcopy(model)
+    other.compile(backend="rana", options={"plan": plan, "compiler": "eager", **options})
+    return other
+
+
+def generate(model: Any, ids: Tensor, mask: Tensor | None = None, **settings: Any) -> Tensor:
+    mask = torch.ones_like(ids) if mask is None else mask
+    defaults = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    return model.generate(ids, attention_mask=mask, **(defaults | settings))
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "dynamic cache": {},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+    "beam search": {"num_beams": 3},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("how", SETTINGS)
+def test_same_tokens_as_the_formulas(model: nn.Module, plan: Plan, how: str) -> None:
+    ids = tokens(1, length=11, seed=5)[0]
+    expected = generate(run_eagerly(model, plan), ids, **SETTINGS[how])
+    assert torch.equal(generate(compiled(model, plan), ids, **SETTINGS[how]), expected)
+
+
+@pytest.mark.parametrize("cache", [None, "static"], ids=["dynamic", "static"])
+def test_left_padded_batch(model: nn.Module, plan: Plan, cache: str | None) -> None:
+    ids = torch.cat(tokens(3, length=10, seed=6))
+    mask = torch.ones_like(ids)
+    mask[0, :6], mask[1, :2] = 0, 0
+    expected = generate(run_eagerly(model, plan), ids, mask, cache_implementation=cache)
+    assert torch.equal(generate(compiled(model, plan), ids, mask, cache_implementation=cache), expected)
+
+
+def test_sliding_window_cache() -> None:
+    model, _ = build("Mistral", layers=1)
+    plan = rana_compile.calibrate(model, tokens(6), flops_budget=0.6, recipe="neuron", progress=False)
+    ids = tokens(1, length=20, seed=5)[0]  # longer than the window of 16
+    for cache in (None, "static"):
+        expected = generate(run_eagerly(model, plan), ids, cache_implementation=cache)
+        assert torch.equal(generate(compiled(model, plan), ids, cache_implementation=cache), expected)
+
+
+def test_assisted_generation(model: nn.Module, plan: Plan) -> None:
+    """The assistant is a second compiled model in the same loop."""
+    torch.manual_seed(3)
+    assistant = tiny_llama(layers=1)
+    small = rana_compile.calibrate(assistant, tokens(4), flops_budget=0.6, recipe="neuron", progress=False)
+    ids = tokens(1, length=11, seed=5)[0]
+    expected = generate(run_eagerly(model, plan), ids)
+    got = generate(compiled(model, plan), ids, assistant_model=compiled(assistant, small))
+    assert torch.equal(got, expected)
+
+
+def test_quantised_cache() -> None:
+    """Dynamo breaks the model at every layer's cache, and lets the layers share the graphs between."""
+    pytest.importorskip("optimum.quanto")
+    torch.manual_seed(0)
+    model = tiny_llama(layers=2)
+    plan = rana_compile.calibrate(model, tokens(6), flops_budget=0.6, recipe="neuron", progress=False)
+    ids = tokens(1, length=11, seed=5)[0]
+
+    def generated(model: nn.Module) -> Tensor:
+        config = {"backend": "quanto", "nbits": 4, "q_group_size": 32}
+        return generate(model, ids, cache_implementation="quantized", cache_config=config)
+
+    expected = generated(run_eagerly(model, plan))
+    assert torch.equal(generated(compiled(model, plan)), expected)
+    assert not torch.equal(generated(model), expected)
+
+
+def test_generate_of_a_wrapper_uses_what_was_compiled(model: nn.Module, plan: Plan) -> None:
+    ids = tokens(1, length=11, seed=5)[0]
+    expected = generate(run_eagerly(model, plan), ids)
+    assert not torch.equal(expected, generate(model, ids))
+    wrapper = torch.compile(model, backend="rana", options={"plan": plan, "compiler": "eager"})
+    assert torch.equal(generate(wrapper, ids), expected)
+    assert not torch.equal(generate(model, ids), expected)  # the module itself is as it was
+
+
+def test_other_wrappers_are_left_alone(model: nn.Module, plan: Plan) -> None:
+    torch.compile(model, backend="rana", options={"plan": plan})  # the property is in place from here on
+    wrapper = torch.compile(model, backend="eager")
+    assert wrapper.generate == model.generate
+    with pytest.raises(AttributeError, match="generate"):
+        torch.compile(nn.Linear(2, 2), backend="rana").generate  # noqa: B018
