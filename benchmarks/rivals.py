@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from rana_compile.adapters import FAMILIES, adapter_flops
+from rana_compile.adapters.neuron import neuron_tensors
 from rana_compile.allocation import Option
 from rana_compile.fitting import Candidate, Evidence, dense_candidate, gated_at, neuron_at, output_basis_of, quantiles
 from rana_compile.flops import dense_flops
 from rana_compile.recipes import Choice, Mlp, neuron_recipe, solve
 from rana_compile.types import ConfigError
 
-STEP = 0.1  # of the share of inputs that TEAL's greedy search drops at a time
+STEP = 0.01  # of a block's FLOPs that TEAL's greedy search drops at a time
 
 
 def wina(evidence: Sequence[Evidence], mlps: Sequence[Mlp], share: float) -> Choice:
@@ -51,7 +52,7 @@ def cats(evidence: Sequence[Evidence], mlps: Sequence[Mlp], share: float) -> Cho
         live = ratio * mlp.down.d_in  # a hidden coordinate whose row was not computed is zero, and is not read
         option = Option(2.0 * live * mlp.down.d_out, 0.0)
         nearly_zero = torch.full((1, mlp.down.d_in), torch.finfo(torch.float32).tiny)
-        choice[mlp.down] = Candidate("neuron", {"threshold": nearly_zero}, (live,), option)
+        choice[mlp.down] = Candidate("neuron", neuron_tensors(nearly_zero), (live,), option)
     return choice
 
 
@@ -72,7 +73,8 @@ def svd(evidence: Sequence[Evidence], mlps: Sequence[Mlp], share: float) -> Choi
 class Teal:
     """TEAL (arXiv 2408.14690): abs(x_j), densities inside a block found greedily by the error of the block's output.
 
-    Each step lets the linear that harms the output least drop ``STEP`` more of its inputs; all blocks keep one ratio.
+    Each step lets the linear that harms the output least drop ``STEP`` more of the block's FLOPs; all blocks keep one
+    ratio. The first token, whose outliers would drown all others in the error, does not count: that favours TEAL.
 
     Args:
         model: with its Transformer blocks in one ``nn.ModuleList``.
@@ -131,29 +133,19 @@ class Teal:
     def _search(self, name: str, members: Sequence[Evidence], least: float = 0.45) -> list[dict[str, float]]:
         block = self._model.get_submodule(name)
         modules = {w: self._model.get_submodule(w.rpartition(".")[0]) for e in members for w in e.site.weights}
-        grid = tuple(1 - STEP * i for i in range(1, 10))
         size = {w: n * e.site.d_in for e in members for w, n in zip(e.site.weights, e.site.d_outs, strict=True)}
-        levels: dict[str, dict[float, float]] = {}
-        for e in members:
-            found = quantiles(e.x.abs(), grid)
-            levels |= {
-                w: dict(zip([0.0, *(1 - g for g in grid)], [0.0, *found.tolist()], strict=True)) for w in e.site.weights
-            }
-        steps = {w: sorted(levels[w]) for w in size}
-        at = dict.fromkeys(size, 0)
+        total = sum(size.values())
+        ordered = {w: e.x.abs().flatten()[::7].sort().values for e in members for w in e.site.weights}
+
+        def error(density: Mapping[str, float]) -> float:
+            thresholds = {w: float(v[round((1 - density[w]) * (len(v) - 1))]) for w, v in ordered.items()}
+            return float((self._output(block, name, modules, thresholds) - exact).square().sum())
+
         exact = self._output(block, name, modules, dict.fromkeys(size, 0.0))
         path = [dict.fromkeys(size, 1.0)]
-        while sum(path[-1][w] * size[w] for w in size) > least * sum(size.values()):
-            errors = {}
-            for w in size:
-                if at[w] + 1 < len(steps[w]):
-                    trial = at | {w: at[w] + 1}
-                    thresholds = {v: levels[v][steps[v][k]] for v, k in trial.items()}
-                    error = (self._output(block, name, modules, thresholds) - exact).square().sum()
-                    errors[w] = float(error)
-            chosen = min(errors, key=errors.__getitem__)
-            at[chosen] += 1
-            path.append({w: 1 - steps[w][k] for w, k in at.items()})
+        while sum(path[-1][w] * size[w] for w in size) > least * total:
+            trials = [path[-1] | {w: path[-1][w] - STEP * total / size[w]} for w in size]
+            path.append(min((t for t in trials if min(t.values()) > 0), key=error))
         return path
 
     def _output(
@@ -168,7 +160,7 @@ class Teal:
             output = block(*args, **kwargs)
         for hook in hooks:
             hook.remove()
-        return output[0] if isinstance(output, tuple) else output
+        return (output[0] if isinstance(output, tuple) else output)[:, 1:]
 
 
 def _at_densities(e: Evidence, densities: Sequence[float]) -> Candidate:
@@ -177,7 +169,5 @@ def _at_densities(e: Evidence, densities: Sequence[float]) -> Candidate:
     threshold = torch.stack(
         [torch.full((e.site.d_in,), float(level) if d < 1 else 0.0) for level, d in zip(levels, densities, strict=True)]
     )
-    live = tuple(min(d, 1.0) * e.site.d_in for d in densities)
-    return Candidate(
-        "neuron", {"threshold": threshold}, live, Option(adapter_flops(FAMILIES["neuron"], e.site, live, {}), 0.0)
-    )
+    live, tensors = tuple(min(d, 1.0) * e.site.d_in for d in densities), neuron_tensors(threshold)
+    return Candidate("neuron", tensors, live, Option(adapter_flops(FAMILIES["neuron"], e.site, live, tensors), 0.0))

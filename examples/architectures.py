@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from tiny_models import MODELS, Tiny
-from torch import nn
+from tiny_models import MODELS, Tiny, mask_by_hooks
 
 import rana_compile
 from rana_compile.objective import main_output
@@ -67,7 +66,8 @@ def examined(name: str, tiny: Tiny, compiler: str) -> tuple[str, list[str]]:
             torch.compile(model, backend="eager")(**inputs)
         torch.compiler.reset()
         with count_compilations() as ours:
-            exact = torch.compile(model, backend="rana", options={"plan": whole, "compiler": compiler})(**inputs)
+            options: dict[str, Any] = {"plan": whole, "compiler": compiler}
+            exact = torch.compile(model, backend="rana", options=options)(**inputs)
     error = float((main_output(exact) - dense).abs().max())
     tokens = same_tokens(model, plan, inputs, compiler) if tiny.generates else "–"
     sites = f"{len(plan.sites)} / {len(plan.adapted)}"
@@ -79,13 +79,7 @@ def same_tokens(model: Any, plan: rana_compile.Plan, inputs: dict[str, Any], com
     """Greedy tokens of the compiled model against those of masked inputs, put in by hooks."""
     inputs = {"input_ids" if k == "decoder_input_ids" and len(inputs) == 1 else k: v[:1] for k, v in inputs.items()}
     settings = {"max_new_tokens": 12, "do_sample": False}
-    hooks = [
-        owner(model, name).register_forward_pre_hook(
-            lambda module, args, threshold=entry.tensors["threshold"]: args[0] * (args[0].abs() >= threshold)
-        )
-        for entry in plan.adapted
-        for name in entry.site.weights
-    ]
+    hooks = mask_by_hooks(model, plan)
     expected = model.generate(**inputs, **settings)
     for hook in hooks:
         hook.remove()
@@ -93,10 +87,6 @@ def same_tokens(model: Any, plan: rana_compile.Plan, inputs: dict[str, Any], com
     model.compile(backend="rana", options={"plan": plan, "compiler": compiler})
     got = model.generate(**inputs, **settings)
     return "equal" if torch.equal(got, expected) else "differ"
-
-
-def owner(model: nn.Module, parameter: str) -> nn.Module:
-    return model.get_submodule(parameter.rpartition(".")[0])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from rana_compile import Plan
 
 VOCABULARY = 128
 HIDDEN, MLP, HEADS, KV_HEADS = 64, 96, 4, 2
@@ -215,3 +218,18 @@ def byte_tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]", mask_token="[MASK]"
     )
+
+
+def mask_by_hooks(model: nn.Module, plan: Plan) -> list[RemovableHandle]:
+    """Give the model's linears masked inputs, by hooks: what a plan of neuron adapters means, without a compiler."""
+    hooks = []
+    for entry in plan.adapted:
+        assert entry.family == "neuron"
+        for name, threshold in zip(entry.site.weights, entry.tensors["threshold"], strict=True):
+            linear = model.get_submodule(name.rpartition(".")[0])
+            hooks.append(linear.register_forward_pre_hook(_masking(threshold)))
+    return hooks
+
+
+def _masking(threshold: Tensor) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
+    return lambda module, args: args[0] * (args[0].abs() >= threshold)

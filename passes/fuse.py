@@ -17,7 +17,7 @@ def fuse_gated_mlps(lowerings: Sequence[Lowering]) -> list[Lowering | FusedMlp]:
     fused: dict[int, FusedMlp] = {}
     for down in lowerings:
         up = ups.get(down.match.site.block)
-        if up is None or down.match.site.kind != "down" or not _is_masked(down):
+        if up is None or down.match.site.kind != "down" or not _is_masked(down) or len(down.buffers["probe"]):
             continue
         if mlp := _fused(up, down):
             fused |= {id(up): mlp, id(down): mlp}

@@ -18,6 +18,7 @@ from torch._dynamo.source import ConstantSource
 
 from rana_compile.adapters import FAMILIES, Tensors
 from rana_compile.adapters.base import stack
+from rana_compile.adapters.neuron import row_thresholds
 from rana_compile.passes.match import Block, Linear, Match
 
 
@@ -115,7 +116,7 @@ def _replace_mlp(gm: fx.GraphModule, mlp: FusedMlp, env: dict[fx.Node, fx.Node])
     with graph.inserting_before(target):
         args = (
             env[mlp.up.match.x],
-            up["threshold"],
+            graph.call_function(row_thresholds, (env[mlp.up.match.x], up["threshold"], up["probe"])),
             up["weight_t"],
             _stacked_bias(graph, mlp.up.match.linears, env),
             down["threshold"],

@@ -19,6 +19,7 @@ from rana_compile.adapters import FAMILIES, Tensors, adapter_flops
 from rana_compile.allocation import Option, combined
 from rana_compile.flops import dense_flops
 from rana_compile.kernels.reference import ACTIVATIONS
+from rana_compile.probe import Tokens
 from rana_compile.statistics import Sample
 from rana_compile.types import ConfigError, Site
 
@@ -87,11 +88,14 @@ class Part:
     u: Tensor | None
     norms: Tensor
 
-    def sensitivity(self) -> Tensor:
-        """Loss-aware importance per input, c_j = sqrt(E[u_j²]), steadied by the column norms [d_in]."""
+    def importance(self, tokens: Tensor | None = None) -> Tensor:
+        """Loss-aware importance per input, c_j = sqrt(E[u_j²]), steadied by the column norms [d_in].
+
+        ``tokens`` [rows]: sensitivities, to count a row's gradients relative to what is predicted for it.
+        """
         if self.u is None:
             return self.norms.sqrt()
-        power = self.u.square().mean(0)
+        power = (self.u if tokens is None else self.u / tokens[:, None]).square().mean(0)
         return ((1 - ISOTROPIC) * power + ISOTROPIC * self.norms * (power.sum() / self.norms.sum())).sqrt()
 
     def scale(self, importance: str) -> Tensor:
@@ -101,17 +105,18 @@ class Part:
         if importance == "column":
             return self.norms.sqrt()
         if importance == "loss":
-            return self.sensitivity()
+            return self.importance()
         raise ConfigError(f"unknown importance {importance!r}; known: magnitude, column, loss")
 
 
 @dataclass(frozen=True)
 class _Level:
-    """One operating point of one mask: thresholds [n], mean live coordinates, cost and price."""
+    """One operating point of one mask: thresholds [n], mean live coordinates, cost and price; its probe, if any."""
 
     threshold: Tensor
     live: float
     option: Option
+    probe: Tensor | None = None
 
 
 def dense_candidate(evidence: Evidence) -> Candidate:
@@ -141,8 +146,16 @@ def neuron_at(evidence: Evidence, ratio: float, importance: str = "column") -> C
 
 
 def _neuron(points: Sequence[_Level], option: Option) -> Candidate:
-    threshold = torch.stack([p.threshold for p in points])
-    return Candidate("neuron", {"threshold": threshold}, tuple(p.live for p in points), option)
+    tensors = {"threshold": torch.stack([p.threshold for p in points]), "probe": _probes(points)}
+    return Candidate("neuron", tensors, tuple(p.live for p in points), option)
+
+
+def _probes(points: Sequence[_Level]) -> Tensor:
+    """[masks, d_in + 1], zero (no effect) for a mask without one; [0, d_in + 1] if none has one."""
+    width = len(points[0].threshold) + 1
+    if all(p.probe is None for p in points):
+        return torch.zeros(0, width)
+    return torch.stack([torch.zeros(width) if p.probe is None else p.probe for p in points])
 
 
 def _input_levels(evidence: Evidence, importance: str, densities: tuple[float, ...]) -> list[list[_Level]]:
@@ -153,18 +166,37 @@ def _input_levels(evidence: Evidence, importance: str, densities: tuple[float, .
         part = evidence.part(index)
         effect = _effect(part.x, part.u, part.norms)
         whole = _Level(torch.zeros(site.d_in), site.d_in, Option(2.0 * site.d_in * d_out, 0.0))
-        result.append([whole, *_levels(effect, part.x, part.scale(importance), densities, 2.0 * d_out)])
+        levels = list(_levels(effect, part.x, part.scale(importance), densities, 2.0 * d_out))
+        # an MLP's last input is known too late for a fused kernel
+        tokens = Tokens.of(part.x, part.u) if importance == "loss" and site.kind != "down" else None
+        if tokens is not None:
+            scale = part.importance(tokens.predicted)
+            levels = _better(levels, list(_levels(effect, part.x, scale, densities, 2.0 * d_out, tokens)))
+        result.append([whole, *levels])
     return result
 
 
+def _better(plain: list[_Level], probed: list[_Level]) -> list[_Level]:
+    """The levels that promise less loss over all densities."""
+    return min(plain, probed, key=lambda levels: sum(level.option.price for level in levels))
+
+
 def _levels(
-    effect: "_Effect", z: Tensor, scale: Tensor, densities: tuple[float, ...], flops: float
+    effect: "_Effect",
+    z: Tensor,
+    scale: Tensor,
+    densities: tuple[float, ...],
+    flops: float,
+    tokens: Tokens | None = None,
 ) -> Iterator[_Level]:
-    """A mask of z [rows, n] at each density of the scores abs(z)·scale; ``flops`` per live coordinate."""
+    """A mask of z [rows, n] at each density of the scores abs(z)·scale·sensitivity; ``flops`` per live coordinate."""
     scores = z.abs() * scale
+    if tokens is not None:
+        scores *= tokens.predicted[:, None]
     levels = quantiles(scores, densities)
     for level, (live, price) in zip(levels, _price_levels(effect, scores, levels), strict=True):
-        yield _Level(level / scale.clamp_min(_TINY), live, Option(flops * live, price))
+        threshold = level / scale.clamp_min(_TINY)
+        yield _Level(threshold, live, Option(flops * live, price), None if tokens is None else tokens.probe)
 
 
 def gated_candidates(
@@ -182,8 +214,11 @@ def gated_candidates(
     effect = _effect(hidden.x, hidden.u, hidden.norms)
     if "threshold" in down_choice.tensors:
         effect = effect.where(hidden.x.abs() >= down_choice.tensors["threshold"][0])
-    scale = _row_scale(evidence, activated, hidden)
-    rows = list(_levels(effect, activated, scale, DENSITIES[::2], 2.0 * evidence.site.d_in))
+    densities, flops = DENSITIES[::2], 2.0 * evidence.site.d_in
+    rows = list(_levels(effect, activated, _row_scale(activated, hidden), densities, flops))
+    if tokens := Tokens.of(evidence.x, hidden.u):
+        scale = _row_scale(activated, hidden, tokens.predicted)
+        rows = _better(rows, list(_levels(effect, activated, scale, densities, flops, tokens)))
     inputs = _input_levels(evidence, importance, DENSITIES)[0]
     for option, (i, j) in combined([[p.option for p in inputs], [p.option for p in rows]]):
         yield _gated(inputs[i], rows[j], option)
@@ -201,7 +236,7 @@ def gated_at(evidence: Evidence, down: Evidence, ratio: float) -> Candidate:
 
 
 def _gated(inputs: _Level, rows: _Level, option: Option) -> Candidate:
-    tensors = {"threshold": inputs.threshold[None], "gate_threshold": rows.threshold}
+    tensors = {"threshold": inputs.threshold[None], "gate_threshold": rows.threshold, "probe": _probes([inputs, rows])}
     return Candidate("gated", tensors, (inputs.live, rows.live), option)
 
 
@@ -211,10 +246,12 @@ def _activated_gate(evidence: Evidence) -> Tensor:
     return ACTIVATIONS[evidence.site.activation](gate)
 
 
-def _row_scale(evidence: Evidence, activated: Tensor, hidden: Part) -> Tensor:
+def _row_scale(activated: Tensor, hidden: Part, tokens: Tensor | None = None) -> Tensor:
     """c_j of the score abs(a_j)·c_j: what the other factor of h_j = a_j·up_j usually is, in its effect on the loss."""
     up = hidden.x / activated.masked_fill(activated == 0, torch.inf)
-    weight = hidden.norms if hidden.u is None else hidden.u.square()
+    weight = hidden.norms
+    if hidden.u is not None:
+        weight = (hidden.u if tokens is None else hidden.u / tokens[:, None]).square()
     return (up.square() * weight).mean(0).sqrt()
 
 

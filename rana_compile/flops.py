@@ -33,6 +33,6 @@ def attention_flops(context: int, heads: int, head_dim: int, layers: int) -> int
 
 
 def bytes_read(flops: float, itemsize: int, tensors: "Mapping[str, Tensor]") -> float:
-    """Bytes of weights and thresholds that one decoded token reads: each multiply-add uses one weight element."""
-    thresholds = sum(4 * t.numel() for name, t in tensors.items() if name.endswith("threshold"))
-    return flops / 2 * itemsize + thresholds
+    """Bytes that one decoded token reads: each multiply-add uses one weight element; thresholds and probes beside."""
+    others = sum(4 * t.numel() for name, t in tensors.items() if name.endswith("threshold") or name == "probe")
+    return flops / 2 * itemsize + others

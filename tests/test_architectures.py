@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 import rana_compile
 from rana_compile import Plan
+from rana_compile.adapters.neuron import neuron_tensors
 from rana_compile.objective import main_output
 from rana_compile.passes.expand import expand
 from rana_compile.passes.find import find_sites
@@ -152,7 +153,7 @@ def varied(inputs: Any, seed: int) -> dict[str, Any]:
 def everything(plan: Plan) -> Plan:
     """The plan with every site adapted and every coordinate kept: budget 1.0."""
     sites = [
-        replace(s, family="neuron", tensors={"threshold": torch.zeros(len(s.site.weights), s.site.d_in)})
+        replace(s, family="neuron", tensors=neuron_tensors(torch.zeros(len(s.site.weights), s.site.d_in)))
         for s in plan.sites
     ]
     return Plan(tuple(sites), plan.skipped, 1.0, plan.model_flops, plan.info)

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 import rana_compile
 from rana_compile import Plan
+from rana_compile.adapters.neuron import neuron_tensors
 from rana_compile.types import Site
 
 
@@ -136,7 +137,7 @@ def test_weights_changed_in_place_are_followed(model: nn.Module) -> None:
     """Packed copies never answer for weights that are gone."""
     layer = nn.Sequential(nn.Linear(32, 48, bias=False))
     site = Site("0", "linear", ("0.weight",), 32, (48,))
-    plan = plan_of(layer, (site, "neuron", {"threshold": torch.full((1, 32), 0.3)}))
+    plan = plan_of(layer, (site, "neuron", neuron_tensors(torch.full((1, 32), 0.3))))
     fast = torch.compile(layer, backend="rana", options={"plan": plan})
     x = torch.randn(1, 32)
     kept = x * (x.abs() >= 0.3)
@@ -156,7 +157,7 @@ def test_training_changes_the_users_weights_with_the_formulas_gradient() -> None
             "rank",
             {"output_basis": basis, "threshold": torch.full((12,), 0.3)},
         ),
-        (Site("2", "linear", ("2.weight",), 24, (8,)), "neuron", {"threshold": torch.full((1, 24), 0.1)}),
+        (Site("2", "linear", ("2.weight",), 24, (8,)), "neuron", neuron_tensors(torch.full((1, 24), 0.1))),
     )
     x = torch.randn(10, 32)
 

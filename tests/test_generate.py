@@ -1,13 +1,12 @@
 """generate, as people call it: the compiled model gives the tokens of the adapted model run eagerly."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from support import tiny_llama, tokens
-from tiny_models import build
+from tiny_models import build, mask_by_hooks
 from torch import Tensor, nn
 
 import rana_compile
@@ -28,17 +27,8 @@ def plan(model: nn.Module) -> Plan:
 def run_eagerly(model: nn.Module, plan: Plan) -> nn.Module:
     """A model whose linears see masked inputs, by hooks: no compiler anywhere."""
     other = copy.deepcopy(model)
-    for entry in plan.adapted:
-        assert entry.family == "neuron"
-        for name in entry.site.weights:
-            other.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
-                masking(entry.tensors["threshold"])
-            )
+    mask_by_hooks(other, plan)
     return other
-
-
-def masking(threshold: Tensor) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
-    return lambda module, args: args[0] * (args[0].abs() >= threshold)
 
 
 def compiled(model: nn.Module, plan: Plan, **options: Any) -> nn.Module:

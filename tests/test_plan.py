@@ -9,6 +9,8 @@ from torch import nn
 
 import rana_compile
 from rana_compile import Plan, PlanError
+from rana_compile.adapters.neuron import neuron_tensors
+from rana_compile.plan import FORMAT
 from rana_compile.types import ConfigError, Site, Skipped
 
 
@@ -24,7 +26,7 @@ def plan(model: nn.Module) -> Plan:
     basis = torch.linalg.qr(torch.randn(5, 3))[0]
     plan = plan_of(
         model,
-        (first, "neuron", {"threshold": torch.rand(1, 6)}),
+        (first, "neuron", neuron_tensors(torch.rand(1, 6))),
         (second, "rank", {"output_basis": basis, "threshold": torch.rand(3)}),
     )
     skipped = (Skipped("head.weight", "excluded by head"),)
@@ -95,7 +97,7 @@ def test_damaged_files_are_refused(plan: Plan, tmp_path: Path, damage: str) -> N
         if damage == "foreign":
             metadata = {}
         elif damage == "newer":
-            metadata["rana_compile"] = metadata["rana_compile"].replace('"format": 1', '"format": 99')
+            metadata["rana_compile"] = metadata["rana_compile"].replace(f'"format": {FORMAT}', '"format": 99')
         else:
             tensors.pop("1.output_basis")
         save_file(tensors, str(path), metadata)
@@ -131,7 +133,7 @@ def test_of_reads_a_path_once_until_it_changes(plan: Plan, tmp_path: Path) -> No
 
 def test_flops_are_weighted_by_site_and_include_the_rest_of_the_model(model: nn.Module) -> None:
     site = Site("0", "linear", ("0.weight",), 6, (4,))
-    entry = site_plan(site, "neuron", {"threshold": torch.zeros(1, 6)}, [model[0].weight])  # keeps 0.5 of 48 FLOPs
+    entry = site_plan(site, "neuron", neuron_tensors(torch.zeros(1, 6)), [model[0].weight])  # keeps 0.5 of 48 FLOPs
     plan = Plan((entry,), (), 0.5, model_flops=88.0)
     assert plan.flops_kept == pytest.approx(0.5)
     assert plan.flops_kept_model == pytest.approx((24 + 40) / 88)

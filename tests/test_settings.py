@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import rana_compile
 from rana_compile import ConfigError, Plan, PlanError
+from rana_compile.adapters.neuron import neuron_tensors
 from rana_compile.types import Site
 
 CHAOS = 0.15  # in 8 bits of mantissa a coordinate at its threshold falls either way, and random weights spread that
@@ -49,7 +50,7 @@ def linear_plan(module: nn.Module, *names: str, threshold: float = 0.3) -> Plan:
     for name in names:
         d_out, d_in = parameters[f"{name}.weight"].shape
         site = Site(name, "linear", (f"{name}.weight",), d_in, (d_out,))
-        entries.append((site, "neuron", {"threshold": torch.full((d_in,), threshold)}))
+        entries.append((site, "neuron", neuron_tensors(torch.full((1, d_in), threshold))))
     return plan_of(module, *entries)
 
 

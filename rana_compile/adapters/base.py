@@ -70,6 +70,31 @@ def adapter_flops(family: Family, site: Site, live: Sequence[float], tensors: Te
     return family.fixed_flops(site, tensors) + masked
 
 
+LIMIT = 2.0  # of log s: no token is taken for more than e² times as sensitive as the usual one, nor for less
+
+
+def sensitivity(x: Tensor, probe: Tensor) -> Tensor:
+    """How much each token matters to each mask, relative to the usual token: x [..., d] -> [..., masks], float32.
+
+    ``probe`` [masks, d + 1] holds slopes and an offset of the logarithm (``rana_compile.probe``).
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-2)
+    return ((wide * probe[:, :-1]).sum(-1) + probe[:, -1]).clamp(-LIMIT, LIMIT).exp()
+
+
+def token_thresholds(x: Tensor, threshold: Tensor, probe: Tensor) -> Tensor:
+    """Thresholds [masks, n] for each token x [..., d], lower where it matters more: [..., masks, n].
+
+    Without a probe ([0, d + 1]) they are the same for all tokens: [masks, n].
+    """
+    return threshold / sensitivity(x, probe).unsqueeze(-1) if len(probe) else threshold
+
+
+def weighed(z: Tensor, x: Tensor, probe: Tensor) -> Tensor:
+    """z [..., n] times the sensitivity of the tokens x [..., d] to one mask: what its threshold is compared with."""
+    return z * sensitivity(x, probe) if len(probe) else z
+
+
 def stack(parts: Sequence[Tensor]) -> Tensor:
     """Parts along the output dimension; no copy for one part."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=0)

@@ -3,7 +3,8 @@
     g = W_gate (m_in * x) + b;   a = act(g);   m_j = not (abs(a_j) < gate_threshold_j);   up_j = m_j · (W_up x + b)_j
 
 A dead row leaves a zero in the hidden vector, which ``down`` may skip too. The gate has a neuron adapter's mask:
-``threshold`` [1, d_in]; ``gate_threshold`` [h]; both float32. For sites of kind ``gate_up`` whose activation is known.
+``threshold`` [1, d_in]; ``gate_threshold`` [h]; both float32, and both divided by what a ``probe`` [2, d_in + 1]
+predicts for the token, if there is one (else [0, …]). For sites of kind ``gate_up`` whose activation is known.
 """
 
 from collections.abc import Sequence
@@ -12,26 +13,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rana_compile.adapters.base import Biases, Mask, Tensors
-from rana_compile.adapters.neuron import scaled_row
+from rana_compile.adapters.base import Biases, Mask, Tensors, token_thresholds, weighed
+from rana_compile.adapters.neuron import row_thresholds, scaled_row
 from rana_compile.kernels.reference import ACTIVATIONS, apply_threshold
 from rana_compile.types import Site
 
 
 class Gated:
     name = "gated"
-    stored: tuple[str, ...] = ("threshold", "gate_threshold")
+    stored: tuple[str, ...] = ("threshold", "gate_threshold", "probe")
 
     def derive(self, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
         return {}
 
     def mask(self, index: int, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, t: Tensors) -> Mask:
         if index == 0:
-            return Mask(x, t["threshold"][0])
-        return Mask(self._activated(site, self._gate(x, weights, biases, t)), t["gate_threshold"])
+            return Mask(weighed(x, x, t["probe"][:1]), t["threshold"][0])
+        activated = self._activated(site, self._gate(x, weights, biases, t))
+        return Mask(weighed(activated, x, t["probe"][1:]), t["gate_threshold"])
 
     def _gate(self, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors) -> Tensor:
-        return F.linear(apply_threshold(x, tensors["threshold"][0]), weights[0], biases[0])
+        threshold = token_thresholds(x, tensors["threshold"], tensors["probe"][:1])[..., 0, :]
+        return F.linear(apply_threshold(x, threshold), weights[0], biases[0])
 
     def _activated(self, site: Site, gate: Tensor) -> Tensor:
         assert site.activation is not None
@@ -46,7 +49,8 @@ class Gated:
         self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors
     ) -> tuple[Tensor, ...]:
         gate = self._gate(x, weights, biases, tensors)
-        dead = self._activated(site, gate).abs() < tensors["gate_threshold"]
+        threshold = token_thresholds(x, tensors["gate_threshold"][None], tensors["probe"][1:])[..., 0, :]
+        dead = self._activated(site, gate).abs() < threshold
         up = F.linear(x, weights[1], biases[1])
         return gate, torch.where(dead, torch.zeros((), dtype=up.dtype, device=up.device), up)
 
@@ -55,6 +59,7 @@ class Gated:
         return {
             "threshold": tensors["threshold"][0].contiguous(),
             "gate_threshold": tensors["gate_threshold"],
+            "probe": tensors["probe"],
             "gate_weight_t": gate_t,
             "up_weight": weights[1].contiguous(),
         }
@@ -62,16 +67,16 @@ class Gated:
     def decode(self, site: Site, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
         return torch.ops.rana.gated_up(
             x,
-            packed["threshold"],
+            row_thresholds(x, packed["threshold"][None], packed["probe"][:1])[0],
             packed["gate_weight_t"],
-            packed["gate_threshold"],
+            row_thresholds(x, packed["gate_threshold"][None], packed["probe"][1:])[0],
             packed["up_weight"],
             bias,
             site.activation,
         )
 
     def fixed_flops(self, site: Site, tensors: Tensors) -> float:
-        return 0.0
+        return 2.0 * tensors["probe"].numel()
 
     def mask_flops(self, site: Site) -> tuple[float, ...]:
         return 2.0 * site.d_outs[0], 2.0 * site.d_in

@@ -1,8 +1,9 @@
 """Neuron adapter: skip inputs whose importance ``abs(x_j)·c_j`` is below the threshold (TEAL, WINA).
 
 T is the identity and A the weight itself, so the weights stay the user's. Each linear of a stack has a mask of its
-own: only ``threshold`` [linears, d_in] (``t / c_j``, float32) is stored. Also the paper's adapter for down_proj
-(METHOD.md, algorithm 2).
+own: ``threshold`` [linears, d_in] (``t / c_j``, float32). With a ``probe`` [linears, d_in + 1] (or none: [0, …]) it is
+divided by the sensitivity predicted for the token, so that tokens the loss cares about keep more. Also the paper's
+adapter for down_proj (METHOD.md, algorithm 2).
 """
 
 from collections.abc import Sequence
@@ -11,20 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rana_compile.adapters.base import Biases, Mask, Tensors, stack
+from rana_compile.adapters.base import Biases, Mask, Tensors, stack, token_thresholds, weighed
 from rana_compile.kernels.reference import apply_threshold
 from rana_compile.types import Site
 
 
 class Neuron:
     name = "neuron"
-    stored: tuple[str, ...] = ("threshold",)
+    stored: tuple[str, ...] = ("threshold", "probe")
 
     def derive(self, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
         return {}
 
     def mask(self, index: int, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, t: Tensors) -> Mask:
-        return Mask(x, t["threshold"][index])
+        return Mask(weighed(x, x, t["probe"][index : index + 1]), t["threshold"][index])
 
     def scaled(self, tensors: Tensors, index: int, factor: float) -> Tensors:
         return tensors | {"threshold": scaled_row(tensors["threshold"], index, factor)}
@@ -32,20 +33,28 @@ class Neuron:
     def forward(
         self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors
     ) -> tuple[Tensor, ...]:
-        parts = zip(weights, biases, tensors["threshold"], strict=True)
+        thresholds = token_thresholds(x, tensors["threshold"], tensors["probe"])
+        parts = zip(weights, biases, thresholds.unbind(-2), strict=True)
         return tuple(F.linear(apply_threshold(x, t), w, b) for w, b, t in parts)
 
     def pack(self, site: Site, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
-        return {"threshold": tensors["threshold"], "weight_t": stack(weights).t().contiguous()}  # [d_in, d_out]
+        weight_t = stack(weights).t().contiguous()  # [d_in, d_out]
+        return {"threshold": tensors["threshold"], "probe": tensors["probe"], "weight_t": weight_t}
 
     def decode(self, site: Site, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
-        return torch.ops.rana.masked_linear(x, packed["threshold"], packed["weight_t"], bias, list(site.d_outs))
+        threshold = row_thresholds(x, packed["threshold"], packed["probe"])
+        return torch.ops.rana.masked_linear(x, threshold, packed["weight_t"], bias, list(site.d_outs))
 
     def fixed_flops(self, site: Site, tensors: Tensors) -> float:
-        return 0.0
+        return 2.0 * tensors["probe"].numel()
 
     def mask_flops(self, site: Site) -> tuple[float, ...]:
         return tuple(2.0 * d_out for d_out in site.d_outs)
+
+
+def neuron_tensors(threshold: Tensor) -> Tensors:
+    """What a plan stores of an adapter with thresholds [linears, d_in] and no probe."""
+    return {"threshold": threshold, "probe": threshold.new_zeros(0, threshold.shape[1] + 1)}
 
 
 def scaled_row(threshold: Tensor, index: int, factor: float) -> Tensor:
@@ -53,3 +62,8 @@ def scaled_row(threshold: Tensor, index: int, factor: float) -> Tensor:
     factors = torch.ones(len(threshold), 1, device=threshold.device)
     factors[index] = factor
     return threshold * factors
+
+
+def row_thresholds(x: Tensor, threshold: Tensor, probe: Tensor) -> Tensor:
+    """Thresholds [masks, n] for the kernels: with a probe, those of the one row x [..., d]."""
+    return token_thresholds(x, threshold, probe).reshape(threshold.shape)

@@ -28,16 +28,28 @@ def weights_of(family: str, dtype: torch.dtype = torch.float32) -> tuple[list[Te
 
 def stored(family: str, weights: list[Tensor], threshold: float) -> Tensors:
     if family == "gated":
-        return {"threshold": torch.full((1, D_IN), threshold), "gate_threshold": torch.full((H,), threshold)}
+        thresholds = {"threshold": torch.full((1, D_IN), threshold), "gate_threshold": torch.full((H,), threshold)}
+        return thresholds | {"probe": probe(2)}
     if family == "neuron":  # a mask for each linear, all different
-        return {"threshold": torch.full((len(D_OUTS), D_IN), threshold) * torch.tensor([[1.0], [0.5], [1.5]])}
+        threshold_of_each = torch.full((len(D_OUTS), D_IN), threshold) * torch.tensor([[1.0], [0.5], [1.5]])
+        return {"threshold": threshold_of_each, "probe": probe(len(D_OUTS))}
     basis = torch.linalg.svd(torch.cat(weights).double(), full_matrices=False)[0][:, :9].to(torch.float32)
     every = {"output_basis": basis.contiguous(), "threshold": torch.full((9,), threshold)}
     return {k: every[k] for k in FAMILIES[family].stored}
 
 
-def masked(z: Tensor, threshold: Tensor) -> Tensor:
-    return z * (z.abs() >= threshold.double())
+def probe(masks: int) -> Tensor:
+    """Slopes and offset for each mask, alike in every call; the last mask's predictions pass the limit."""
+    values = torch.randn(masks, D_IN + 1, generator=torch.Generator().manual_seed(1)) / 4
+    return values * torch.tensor([1.0] * (masks - 1) + [8.0])[:, None]
+
+
+def masked(z: Tensor, threshold: Tensor, x: Tensor | None = None, probe: Tensor | None = None) -> Tensor:
+    """z where abs(z)·s ≥ threshold, s of the tokens x."""
+    score = z.abs()
+    if x is not None and probe is not None:
+        score = score * (x @ probe[:-1].double() + probe[-1].double()).clamp(-2, 2).exp()[..., None]
+    return z * (score >= threshold.double())
 
 
 def exact(family: str, x: Tensor, weights: list[Tensor], biases: list[Tensor | None], tensors: Tensors) -> Tensor:
@@ -45,11 +57,12 @@ def exact(family: str, x: Tensor, weights: list[Tensor], biases: list[Tensor | N
     x = x.double()
     shifts = [0.0 if b is None else b.double() for b in biases]
     if family == "neuron":
-        masks = [masked(x, t) for t in tensors["threshold"]]
+        masks = [masked(x, t, x, p) for t, p in zip(tensors["threshold"], tensors["probe"], strict=True)]
         return torch.cat([z @ w.double().t() + b for z, w, b in zip(masks, weights, shifts, strict=True)], -1)
     if family == "gated":
-        gate = masked(x, tensors["threshold"][0]) @ weights[0].double().t() + shifts[0]
-        alive = torch.nn.functional.silu(gate).abs() >= tensors["gate_threshold"].double()
+        gate = masked(x, tensors["threshold"][0], x, tensors["probe"][0]) @ weights[0].double().t() + shifts[0]
+        alive = masked(torch.nn.functional.silu(gate), tensors["gate_threshold"], x, tensors["probe"][1]) != 0
+        alive |= tensors["gate_threshold"].double() == 0
         return torch.cat([gate, (x @ weights[1].double().t() + shifts[1]) * alive], -1)
     basis = tensors["output_basis"].double()
     z = x @ (basis.t() @ torch.cat(weights).double()).t()
@@ -103,8 +116,8 @@ def test_nothing_dropped_is_dense(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "live", "expected"),
     [
-        ("neuron", (10.0, 4.0, 1.0), 2 * (10 * 7 + 4 * 5 + 1 * 12)),
-        ("gated", (10.0, 4.0), 2 * 10 * H + 2 * 4 * D_IN),
+        ("neuron", (10.0, 4.0, 1.0), 2 * (10 * 7 + 4 * 5 + 1 * 12) + 2 * 3 * (D_IN + 1)),
+        ("gated", (10.0, 4.0), 2 * 10 * H + 2 * 4 * D_IN + 2 * 2 * (D_IN + 1)),
         ("rank", (4.0,), 2 * 9 * D_IN + 2 * 4 * 24),
         ("low_rank", (), 2 * 9 * D_IN + 2 * 9 * 24),
     ],

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from support import graph_of, plan_of
 from torch import Tensor, nn
 
+from rana_compile.adapters.neuron import neuron_tensors
 from rana_compile.passes.find import find_sites
 from rana_compile.testing import graph_text, rewritten_graphs
 
@@ -30,7 +31,7 @@ class Mlp(nn.Module):
 def adapted_text_and_outputs(module: nn.Module, rows: int = 1) -> tuple[list[str], Tensor, Tensor]:
     x = torch.randn(rows, 8)
     sites = [m.site for m in find_sites(graph_of(module, x)).matches]
-    plan = plan_of(module, *((s, "neuron", {"threshold": torch.full((len(s.weights), s.d_in), 0.2)}) for s in sites))
+    plan = plan_of(module, *((s, "neuron", neuron_tensors(torch.full((len(s.weights), s.d_in), 0.2))) for s in sites))
     fast = torch.compile(module, backend="rana", options={"plan": plan})
     (new,) = rewritten_graphs(module, plan, x)
     with torch.no_grad():

@@ -7,6 +7,7 @@ from support import graph_of
 from torch import Tensor, nn
 
 from rana_compile.adapters import FAMILIES, Tensors
+from rana_compile.adapters.neuron import neuron_tensors
 from rana_compile.kernels import ops
 from rana_compile.passes.find import find_sites
 from rana_compile.passes.rewrite import Lowering, rewrite
@@ -42,39 +43,39 @@ BEFORE = """
 %10 = output([%9])
 """
 ADAPTED = """
-%0 = rana_neuron(x, [q.weight, k.weight], [q.bias, None], {threshold: rana_linear_threshold})
+%0 = rana_neuron(x, [q.weight, k.weight], [q.bias, None], {threshold: rana_linear_threshold, probe: rana_linear_probe})
 %1 = getitem(%0, 0)
 %2 = getitem(%0, 1)
 %3 = cat([%1, %2], -1)
 %4 = softmax(%3, -1)
-%5 = rana_neuron(%4, [o.weight], [o.bias], {threshold: rana_x_threshold})
+%5 = rana_neuron(%4, [o.weight], [o.bias], {threshold: rana_x_threshold, probe: rana_x_probe})
 %6 = getitem(%5, 0)
-%7 = rana_neuron(%6, [gate.weight, up.weight], [None, None], {threshold: rana_linear_3_threshold})
+%7 = rana_neuron(%6, [gate.weight, up.weight], [None, None], {threshold: rana_linear_3_threshold, probe: rana_linear_3_probe})
 %8 = getitem(%7, 0)
 %9 = getitem(%7, 1)
 %10 = silu(%8)
 %11 = mul(%10, %9)
-%12 = rana_neuron(%11, [down.weight], [None], {threshold: rana_linear_5_threshold})
+%12 = rana_neuron(%11, [down.weight], [None], {threshold: rana_linear_5_threshold, probe: rana_linear_5_probe})
 %13 = getitem(%12, 0)
 %14 = output([%13])
 """
 DECODE = """
 %0 = stack_biases([q.weight, k.weight], [q.bias, None])
-%1 = rana_neuron_decode(x, {threshold: rana_linear_threshold, weight_t: rana_linear_weight_t}, %0)
+%1 = rana_neuron_decode(x, {threshold: rana_linear_threshold, probe: rana_linear_probe, weight_t: rana_linear_weight_t}, %0)
 %2 = split(%1, [8, 4], -1)
 %3 = getitem(%2, 0)
 %4 = getitem(%2, 1)
 %5 = cat([%3, %4], -1)
 %6 = softmax(%5, -1)
 %7 = stack_biases([o.weight], [o.bias])
-%8 = rana_neuron_decode(%6, {threshold: rana_x_threshold, weight_t: rana_x_weight_t}, %7)
-%9 = rana_neuron_decode(%8, {threshold: rana_linear_3_threshold, weight_t: rana_linear_3_weight_t}, None)
+%8 = rana_neuron_decode(%6, {threshold: rana_x_threshold, probe: rana_x_probe, weight_t: rana_x_weight_t}, %7)
+%9 = rana_neuron_decode(%8, {threshold: rana_linear_3_threshold, probe: rana_linear_3_probe, weight_t: rana_linear_3_weight_t}, None)
 %10 = split(%9, [16, 16], -1)
 %11 = getitem(%10, 0)
 %12 = getitem(%10, 1)
 %13 = silu(%11)
 %14 = mul(%13, %12)
-%15 = rana_neuron_decode(%14, {threshold: rana_linear_5_threshold, weight_t: rana_linear_5_weight_t}, None)
+%15 = rana_neuron_decode(%14, {threshold: rana_linear_5_threshold, probe: rana_linear_5_probe, weight_t: rana_linear_5_weight_t}, None)
 %16 = output([%15])
 """
 
@@ -90,11 +91,10 @@ def tensors_for(family: str, weight: Tensor, linears: int) -> Tensors:
     if family == "rank":
         return {"output_basis": basis[:, :6].contiguous(), "threshold": torch.full((6,), 0.3)}
     if family == "gated":
-        return {
-            "threshold": torch.full((1, weight.shape[1]), 0.2),
+        return neuron_tensors(torch.full((1, weight.shape[1]), 0.2)) | {
             "gate_threshold": torch.full((len(weight) // 2,), 0.1),
         }
-    return {"threshold": torch.full((linears, weight.shape[1]), 0.2) * torch.arange(1.0, linears + 1)[:, None]}
+    return neuron_tensors(torch.full((linears, weight.shape[1]), 0.2) * torch.arange(1.0, linears + 1)[:, None])
 
 
 def family_of(site: Site, family: str) -> str:

@@ -1,0 +1,105 @@
+"""Budgets of every unit, one recording for many fits, and prices re-weighed by what was measured."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from support import tiny_llama, tokens
+from torch import nn
+
+import rana_compile
+from rana_compile import ConfigError, Plan
+from rana_compile.calibration import calibration
+from rana_compile.correction import Target, thinned
+from rana_compile.fitting import Evidence, neuron_at
+from rana_compile.flops import bytes_read, dense_flops
+from rana_compile.recipes import Choice, Mlp
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return tiny_llama()
+
+
+def byte_share(plan: Plan) -> float:
+    read = sum(bytes_read(s.flops_kept * dense_flops(s.site), 4, s.tensors) for s in plan.sites)
+    return read / sum(bytes_read(dense_flops(s.site), 4, {}) for s in plan.sites)
+
+
+def test_bytes_budget_counts_thresholds_too(model: nn.Module) -> None:
+    plan = rana_compile.calibrate(model, tokens(8), bytes_budget=0.6, progress=False)
+    assert byte_share(plan) == pytest.approx(0.6, rel=0.02)
+    assert plan.flops_kept < 0.6
+    assert plan.info["budget"] == {"unit": "bytes", "value": 0.6}
+
+
+def test_quality_target_is_confirmed_on_held_back_batches(model: nn.Module) -> None:
+    batches = tokens(8)
+    strict, loose = (
+        rana_compile.calibrate(model, batches, max_loss_increase=most, progress=False) for most in (0.002, 0.05)
+    )
+    assert 0 < strict.info["divergence"] <= 0.002 < loose.info["divergence"] <= 0.05
+    assert strict.flops_kept > loose.flops_kept
+    with calibration(model, batches, progress=False) as session:  # measured anew, by another way
+        with rana_compile.adapted(model, loose) as run, torch.no_grad():
+            apart = []
+            for batch in session.held_back:
+                p, q = (m(**batch).logits[0].log_softmax(-1) for m in (model, run))
+                apart.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    assert sum(apart) / len(apart) == pytest.approx(loose.info["divergence"], rel=1e-3)
+
+
+def test_unreachable_quality_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match=r"no plan within a loss increase of 1e-12 nats.*raise max_loss_increase"):
+        rana_compile.calibrate(model, tokens(8), max_loss_increase=1e-12, recipe="neuron", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "message"),
+    [
+        ({"flops_budget": 0.5, "bytes_budget": 0.5}, "flops_budget and bytes_budget contradict each other"),
+        ({"bytes_budget": 1.5}, r"bytes_budget is 1.5; expected a share in \(0, 1\]"),
+        ({"max_loss_increase": -1}, "max_loss_increase is -1; expected a positive number of nats"),
+        ({"max_loss_increase": float("nan")}, "max_loss_increase is nan"),
+        ({"bytes_budget": 0.5, "recipe": "rana"}, "this recipe takes flops_budget only"),
+    ],
+)
+def test_bad_budgets(model: nn.Module, budgets: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        rana_compile.calibrate(model, tokens(8), progress=False, **budgets)
+
+
+def test_one_recording_serves_many_fits(model: nn.Module) -> None:
+    batches = tokens(8)
+    with calibration(model, batches, progress=False) as session:
+        both = [session.fit(Target("flops", share)) for share in (0.8, 0.6)]
+    alone = rana_compile.calibrate(model, batches, 0.6, progress=False)
+    assert [s.live for s in both[1].sites] == [s.live for s in alone.sites]
+    assert both[0].flops_kept > both[1].flops_kept
+    assert both[0].info["divergence"] < both[1].info["divergence"]
+
+
+def test_callable_recipe(model: nn.Module) -> None:
+    def half(evidence: Sequence[Evidence], mlps: Sequence[Mlp], share: float) -> Choice:
+        return {e.site: neuron_at(e, share, "magnitude") for e in evidence}
+
+    plan = rana_compile.calibrate(model, tokens(8), 0.5, recipe=half, progress=False)
+    assert {s.family for s in plan.sites} == {"neuron"}
+    assert plan.flops_kept == pytest.approx(0.5, rel=0.02)
+    assert plan.info["recipe"] == "half"
+
+
+def test_correction_keeps_the_better_plan(model: nn.Module) -> None:
+    """Held-back batches judge: what is returned diverges no more than the first allocation."""
+    with calibration(model, tokens(8), progress=False) as session:
+        plan = session.fit(Target("flops", 0.6))
+        predicted = sum(site.error for site in plan.sites)
+        assert predicted == pytest.approx(plan.info["divergence"], rel=0.5)  # prices as measured, not as first guessed
+
+
+def test_thinned_batches_are_spread_evenly() -> None:
+    batches = [{"input_ids": t} for t in tokens(8)]
+    assert thinned(batches, 8 * 32) == batches
+    assert [batches.index(b) for b in thinned(batches, 2 * 32)] == [0, 4]
+    assert thinned(batches, 1) == batches[:1]
