@@ -58,10 +58,11 @@ def main() -> None:
     settings = parse_arguments()
     torch.manual_seed(0)
     model, tokenizer = load(settings.model)
+    model.to(settings.device)
     windows = -(-settings.calibration_tokens // settings.length)
     fit_on, held_out = pydoc_topics(tokenizer, settings.length, windows, settings.windows)
     other = sample_windows(tokenizer, [text_of(settings.other)], settings.length, settings.windows)
-    fit_on, held_out, other = (with_bos(tokenizer, w) for w in (fit_on, held_out, other))
+    fit_on, held_out, other = (with_bos(tokenizer, w).to(settings.device) for w in (fit_on, held_out, other))
     reference = Reference(model, tokenizer, held_out, other, settings.generated)
     rows = []
     for name, recipe, asked, session in methods(model, fit_on, settings):
@@ -94,6 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", help="only these rows")
     parser.add_argument("--ablation", action="store_true", help="what each ingredient brings, instead of the rivals")
     parser.add_argument("--exclude", nargs="*", default=["lm_head"])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--calibration-tokens", type=int, default=8192)
     parser.add_argument("--windows", type=int, default=12, help="held-out windows of each domain")

@@ -64,6 +64,11 @@ def pydoc_topics(
     )
 
 
+def unseen_topics() -> list[str]:
+    """The texts of which ``pydoc_topics`` draws its held-out windows."""
+    return _split_topics()[1]
+
+
 def _split_topics() -> tuple[list[str], list[str]]:
     halves: tuple[list[str], list[str]] = ([], [])
     for name in sorted(topics):
