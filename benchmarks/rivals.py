@@ -51,7 +51,7 @@ def cats(evidence: Sequence[Evidence], mlps: Sequence[Mlp], share: float) -> Cho
         choice[mlp.inputs[0]] = gated_at(by_site[mlp.inputs[0]], by_site[mlp.down], ratio)
         live = ratio * mlp.down.d_in  # a hidden coordinate whose row was not computed is zero, and is not read
         option = Option(2.0 * live * mlp.down.d_out, 0.0)
-        nearly_zero = torch.full((1, mlp.down.d_in), torch.finfo(torch.float32).tiny)
+        nearly_zero = by_site[mlp.down].x.new_full((1, mlp.down.d_in), torch.finfo(torch.float32).tiny)
         choice[mlp.down] = Candidate("neuron", neuron_tensors(nearly_zero), (live,), option)
     return choice
 
@@ -166,8 +166,7 @@ class Teal:
 def _at_densities(e: Evidence, densities: Sequence[float]) -> Candidate:
     """abs(x_j) against one threshold for each linear."""
     levels = quantiles(e.x.abs(), tuple(densities))
-    threshold = torch.stack(
-        [torch.full((e.site.d_in,), float(level) if d < 1 else 0.0) for level, d in zip(levels, densities, strict=True)]
-    )
+    each = zip(levels, densities, strict=True)
+    threshold = torch.stack([(level if d < 1 else level * 0).expand(e.site.d_in) for level, d in each])
     live, tensors = tuple(min(d, 1.0) * e.site.d_in for d in densities), neuron_tensors(threshold)
     return Candidate("neuron", tensors, live, Option(adapter_flops(FAMILIES["neuron"], e.site, live, tensors), 0.0))

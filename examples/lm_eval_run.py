@@ -82,7 +82,7 @@ def questions(texts: list[str], limit: int, seed: int = 0) -> list[dict[str, Any
     draw = random.Random(seed)
     paragraphs = [[p for p in text.split("\n\n") if 80 <= len(p) <= 600] for text in texts]
     paragraphs = [each for each in paragraphs if len(each) > 2]
-    documents = []
+    documents: list[dict[str, Any]] = []
     while len(documents) < limit:
         text, *others = draw.sample(paragraphs, 4)
         start = draw.randrange(len(text) - 2)

@@ -24,7 +24,7 @@ from rana_compile.types import ConfigError, Site
 REFIT_TOKENS = 8192  # that thresholds are refitted on
 CHECK_TOKENS = 1024  # that each kind of adapter is measured on, alone
 MAX_REFITS = 3
-MAX_SEARCHES = 5  # plans fitted to find the cheapest within a loss increase
+MAX_SEARCHES = 4  # plans fitted to find the cheapest within a loss increase
 TOLERANCE = 0.01  # relative miss of the chosen cost that is accepted without another refit
 DEFAULT_SHARE = 0.6
 
@@ -96,33 +96,39 @@ class Fitter:
         """The best plan found for the target. Raises ConfigError if none meets it."""
         if target.unit == "loss":
             return self._cheapest(problem, target.value)
-        first = self.fitted(problem.solve(target.value), thinned(self.everything, REFIT_TOKENS // 2))
+        fitted, weights, _ = self._corrected(problem, target.value)
+        return replace(fitted, choice=_priced(fitted.choice, weights))
+
+    def _corrected(self, problem: Problem, share: float) -> tuple[Fitted, Measure, bool]:
+        """The better of the plans by prices as predicted and as measured; the latter prices; whether they did better."""
+        first = self.fitted(problem.solve(share), thinned(self.everything, REFIT_TOKENS // 2))
         weights = self._weights(first)
-        second = self.fitted(problem.solve(target.value, weights), self.everything)
-        best = min((second, first), key=lambda f: f.divergence)
-        return replace(best, choice=_priced(best.choice, weights))
+        second = self.fitted(problem.solve(share, weights), self.everything)
+        better = second.divergence < first.divergence
+        return second if better else first, weights, better
 
     def _cheapest(self, problem: Problem, most: float) -> Fitted:
         """The cheapest plan whose measured divergence is at most this, by bisection between confirmed and refused."""
         share, low, high = DEFAULT_SHARE, 0.0, 1.0
+        fitted, weights, better = self._corrected(problem, share)
         best: Fitted | None = None
-        weights: Measure | None = None
         seen: list[str] = []
         for _ in range(MAX_SEARCHES):
-            fitted = self.fitted(problem.solve(share, weights), self.everything)
             seen.append(f"{fitted.divergence:.4f} at {share:.0%}")
-            weights = weights or self._weights(fitted)
             if fitted.divergence <= most:
                 high, best = share, fitted
             else:
                 low = share
             share = _next_share(share, fitted.divergence / most, low, high)
+            fitted = self.fitted(problem.solve(share, weights if better else None), self.everything)
+        if fitted.divergence <= most and (best is None or share < high):
+            best = fitted
         if best is None:
             raise ConfigError(
                 f"no plan within a loss increase of {most} nats was found (measured {', '.join(seen)}); raise "
                 "max_loss_increase, or give more or more typical calibration data"
             )
-        return replace(best, choice=_priced(best.choice, weights) if weights else best.choice)
+        return replace(best, choice=_priced(best.choice, weights))
 
     def fitted(self, choice: Choice, batches: Sequence[Batch]) -> Fitted:
         """The choice with thresholds that realise its cost when all adapters are on, and what was measured of it."""

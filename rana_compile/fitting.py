@@ -62,22 +62,25 @@ class Evidence:
     def x(self) -> Tensor:
         """Inputs [rows, d_in], float32."""
         assert self.sample.x is not None
-        return self.sample.x[: self.sample.rows].float()
+        return self._live(self.sample.x)
 
     @property
     def u(self) -> Tensor | None:
         """Input gradients [rows, d_in], float32, or None without gradients."""
-        return None if self.sample.u is None else self.sample.u[: self.sample.rows].float().sum(1)
+        return None if self.sample.u is None else self._live(self.sample.u).sum(1)
+
+    def _live(self, kept: Tensor) -> Tensor:
+        return kept[: self.sample.rows].to(self.weights[0].device).float()
 
     @property
     def weight(self) -> Tensor:
         """The stack [d_out, d_in], float32."""
-        return torch.cat([w.detach().float().cpu() for w in self.weights])
+        return torch.cat([w.detach().float() for w in self.weights])
 
     def part(self, index: int) -> "Part":
         """One linear of the stack."""
-        u = None if self.sample.u is None else self.sample.u[: self.sample.rows, index].float()
-        return Part(self.x, u, self.weights[index].detach().float().cpu().square().sum(0))
+        u = None if self.sample.u is None else self._live(self.sample.u[:, index])
+        return Part(self.x, u, self.weights[index].detach().float().square().sum(0))
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Part:
     def scale(self, importance: str) -> Tensor:
         """The factor c_j of the score ``abs(x_j)·c_j`` [d_in]; ``importance`` as in ``neuron_candidates``."""
         if importance == "magnitude":
-            return torch.ones(self.x.shape[1])
+            return torch.ones_like(self.norms)
         if importance == "column":
             return self.norms.sqrt()
         if importance == "loss":
@@ -134,7 +137,7 @@ def neuron_candidates(
     for option, chosen in combined([[level.option for level in part] for part in levels]):
         points = [part[k] for part, k in zip(levels, chosen, strict=True)]
         if any(p.live < evidence.site.d_in for p in points):
-            yield _neuron(points, option)
+            yield _neuron(evidence.site, points, option)
 
 
 def neuron_at(evidence: Evidence, ratio: float, importance: str = "column") -> Candidate:
@@ -142,20 +145,27 @@ def neuron_at(evidence: Evidence, ratio: float, importance: str = "column") -> C
     if ratio >= 1:
         return dense_candidate(evidence)
     points = [part[-1] for part in _input_levels(evidence, importance, (ratio,))]
-    return _neuron(points, Option(sum(p.option.cost for p in points), sum(p.option.price for p in points)))
+    return _neuron(
+        evidence.site, points, Option(sum(p.option.cost for p in points), sum(p.option.price for p in points))
+    )
 
 
-def _neuron(points: Sequence[_Level], option: Option) -> Candidate:
+def _neuron(site: Site, points: Sequence[_Level], option: Option) -> Candidate:
     tensors = {"threshold": torch.stack([p.threshold for p in points]), "probe": _probes(points)}
-    return Candidate("neuron", tensors, tuple(p.live for p in points), option)
+    return _masked("neuron", site, tensors, points, option.price)
+
+
+def _masked(family: str, site: Site, tensors: Tensors, points: Sequence[_Level], price: float) -> Candidate:
+    live = tuple(p.live for p in points)
+    return Candidate(family, tensors, live, Option(adapter_flops(FAMILIES[family], site, live, tensors), price))
 
 
 def _probes(points: Sequence[_Level]) -> Tensor:
     """[masks, d_in + 1], zero (no effect) for a mask without one; [0, d_in + 1] if none has one."""
-    width = len(points[0].threshold) + 1
+    none = points[0].threshold.new_zeros(len(points[0].threshold) + 1)
     if all(p.probe is None for p in points):
-        return torch.zeros(0, width)
-    return torch.stack([torch.zeros(width) if p.probe is None else p.probe for p in points])
+        return none.expand(0, -1)
+    return torch.stack([none if p.probe is None else p.probe for p in points])
 
 
 def _input_levels(evidence: Evidence, importance: str, densities: tuple[float, ...]) -> list[list[_Level]]:
@@ -165,7 +175,7 @@ def _input_levels(evidence: Evidence, importance: str, densities: tuple[float, .
     for index, d_out in enumerate(site.d_outs):
         part = evidence.part(index)
         effect = _effect(part.x, part.u, part.norms)
-        whole = _Level(torch.zeros(site.d_in), site.d_in, Option(2.0 * site.d_in * d_out, 0.0))
+        whole = _Level(torch.zeros_like(part.norms), site.d_in, Option(2.0 * site.d_in * d_out, 0.0))
         levels = list(_levels(effect, part.x, part.scale(importance), densities, 2.0 * d_out))
         # an MLP's last input is known too late for a fused kernel
         tokens = Tokens.of(part.x, part.u) if importance == "loss" and site.kind != "down" else None
@@ -221,7 +231,7 @@ def gated_candidates(
         rows = _better(rows, list(_levels(effect, activated, scale, densities, flops, tokens)))
     inputs = _input_levels(evidence, importance, DENSITIES)[0]
     for option, (i, j) in combined([[p.option for p in inputs], [p.option for p in rows]]):
-        yield _gated(inputs[i], rows[j], option)
+        yield _gated(evidence.site, inputs[i], rows[j], option.price)
 
 
 def gated_at(evidence: Evidence, down: Evidence, ratio: float) -> Candidate:
@@ -229,20 +239,20 @@ def gated_at(evidence: Evidence, down: Evidence, ratio: float) -> Candidate:
     activated = _activated_gate(evidence)
     hidden = down.part(0)
     effect = _effect(hidden.x, hidden.u, hidden.norms)
-    (rows,) = _levels(effect, activated, torch.ones(activated.shape[1]), (ratio,), 2.0 * evidence.site.d_in)
+    (rows,) = _levels(effect, activated, torch.ones_like(hidden.norms), (ratio,), 2.0 * evidence.site.d_in)
     d_in, h = evidence.site.d_in, evidence.site.d_outs[0]
-    whole = _Level(torch.zeros(d_in), d_in, Option(2.0 * d_in * h, 0.0))
-    return _gated(whole, rows, Option(whole.option.cost + rows.option.cost, rows.option.price))
+    whole = _Level(activated.new_zeros(d_in), d_in, Option(2.0 * d_in * h, 0.0))
+    return _gated(evidence.site, whole, rows, rows.option.price)
 
 
-def _gated(inputs: _Level, rows: _Level, option: Option) -> Candidate:
+def _gated(site: Site, inputs: _Level, rows: _Level, price: float) -> Candidate:
     tensors = {"threshold": inputs.threshold[None], "gate_threshold": rows.threshold, "probe": _probes([inputs, rows])}
-    return Candidate("gated", tensors, (inputs.live, rows.live), option)
+    return _masked("gated", site, tensors, [inputs, rows], price)
 
 
 def _activated_gate(evidence: Evidence) -> Tensor:
     assert evidence.site.activation is not None
-    gate = evidence.x @ evidence.weights[0].detach().float().cpu().t()
+    gate = evidence.x @ evidence.weights[0].detach().float().t()
     return ACTIVATIONS[evidence.site.activation](gate)
 
 
@@ -261,19 +271,20 @@ def rank_candidates(evidence: Evidence) -> Iterator[Candidate]:
     if site.d_out < TALL * site.d_in:
         return
     output_basis, pull = output_basis_of(evidence)
-    rows = evidence.sample.fresh[: evidence.sample.rows]
+    rows = evidence.sample.fresh[: evidence.sample.rows].to(evidence.weights[0].device)
     z = evidence.x[rows][:RANK_ROWS] @ (evidence.weight.t() @ output_basis)  # [rows, r_max]
     u = evidence.u
     slope = None if u is None else u[rows][:RANK_ROWS] @ pull  # Uᵀg
-    effect = _effect(z, slope, torch.ones(z.shape[1]))
-    scale = torch.ones(z.shape[1]) if slope is None else slope.square().mean(0).sqrt()
+    effect = _effect(z, slope, z.new_ones(z.shape[1]))
+    scale = z.new_ones(z.shape[1]) if slope is None else slope.square().mean(0).sqrt()
     scores = z.abs() * scale
     for share in RANKS:
         r = max(1, round(share * z.shape[1]))
         kept = {"output_basis": output_basis[:, :r]}
-        never = scores.index_fill(1, torch.arange(r, z.shape[1]), -1.0)  # beyond the rank: below every threshold
+        beyond = torch.arange(r, z.shape[1], device=z.device)
+        never = scores.index_fill(1, beyond, -1.0)  # below every threshold
         levels = quantiles(scores[:, :r], DENSITIES[:-1:3]).flip(0)
-        priced = _price_levels(effect, never, torch.cat([torch.zeros(1), levels]))
+        priced = _price_levels(effect, never, torch.cat([levels.new_zeros(1), levels]))
         for level, (live, price) in zip([None, *levels], priced, strict=True):
             name, tensors = "low_rank", kept
             counts: tuple[float, ...] = ()
@@ -347,14 +358,18 @@ def _price_levels(effect: _Effect, scores: Tensor, levels: Tensor) -> list[tuple
     bucket = torch.bucketize(scores, ordered, right=True)  # dropped at level k where bucket ≤ k
 
     def dropped(what: Tensor) -> Tensor:  # [rows, d] -> [rows, levels]
+        unit = 1.0
+        if not what.is_cpu:  # where threads race for the same sum only integers add up the same every time
+            unit = float(what.abs().max().clamp_min(1e-30)) / 2**40
+            what = (what.double() / unit).long()
         sums = what.new_zeros(len(what), len(ordered) + 1).scatter_add_(1, bucket, what)
-        return sums.cumsum(1)[:, :-1]
+        return sums.cumsum(1)[:, :-1] * unit
 
     count = torch.bincount(bucket.flatten(), minlength=len(ordered) + 1).cumsum(0)[:-1].double() / len(scores)
     if effect.has_gradient:
-        joint, apart = dropped(values).square().mean(0), dropped(values.square()).mean(0)
+        joint, apart = (sums.float().mean(0) for sums in (dropped(values).square(), dropped(values.square())))
         prices = 0.5 * (CROSS_TERMS * joint + (1 - CROSS_TERMS) * apart)
     else:
-        prices = dropped(values).mean(0) / values.sum(1).mean().clamp_min(1e-30)  # relative squared error
-    result = [(scores.shape[1] - float(n), float(p)) for n, p in zip(count, prices, strict=True)]
-    return [result[i] for i in order.argsort()]
+        prices = dropped(values).float().mean(0) / values.sum(1).mean().clamp_min(1e-30)  # relative squared error
+    back = order.argsort()
+    return list(zip((scores.shape[1] - count[back]).tolist(), prices[back].tolist(), strict=True))

@@ -43,7 +43,7 @@ def fit_probe(x: Tensor, power: Tensor) -> Tensor:
     information = features.t() @ features / rows
     information.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(information)
-    slope, offset = torch.zeros(d), power.mean().clamp_min(1e-30).log()
+    slope, offset = x.new_zeros(d), power.mean().clamp_min(1e-30).log()
     for _ in range(ITERATIONS):
         excess = (power / (features @ slope + offset).exp()).clamp_max(EXTREME) - 1
         gradient = features.t() @ excess / rows - ridge * slope

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-import torch
 from torch import Tensor
 
 from rana_compile.adapters import FAMILIES, adapter_flops
@@ -128,7 +127,7 @@ def best_rank(evidence: Evidence, ratio: float) -> Candidate:
         )
     _, r, level = best
     live = float((energies[:, :r] >= level).sum()) / len(energies)
-    tensors = {"output_basis": output_basis[:, :r], "threshold": torch.full((r,), level**0.5)}
+    tensors = {"output_basis": output_basis[:, :r], "threshold": output_basis.new_full((r,), level**0.5)}
     lost = 1 - best[0] / float(energies.sum())
     return Candidate("rank", tensors, (live,), Option(adapter_flops(FAMILIES["rank"], site, (live,), tensors), lost))
 

@@ -56,10 +56,12 @@ def test_neuron_prices_are_the_definition(importance: str) -> None:
     candidates = list(neuron_candidates(e, importance, (0.25, 0.5, 0.9)))
     assert any(c.live[0] != pytest.approx(c.live[1], abs=1) for c in candidates)
     for candidate in candidates:
-        dropped = [e.x.abs() < t for t in candidate.tensors["threshold"]]
+        masks = [FAMILIES["neuron"].mask(i, e.site, e.x, [], [], candidate.tensors) for i in range(len(e.weights))]
+        dropped = [mask.z.abs() < mask.threshold for mask in masks]
+        probed = len(candidate.tensors["probe"]) > 0  # priced with probes that were fitted on other rows
         price = sum(price_of(e.part(i).u * e.x, d) for i, d in enumerate(dropped))
-        assert candidate.live == pytest.approx([float((~d).sum()) / ROWS for d in dropped], abs=0.1)
-        assert candidate.option.price == pytest.approx(price, rel=0.02)
+        assert candidate.live == pytest.approx([float((~d).sum()) / ROWS for d in dropped], abs=0.5 if probed else 0.1)
+        assert candidate.option.price == pytest.approx(price, rel=0.2 if probed else 0.02)
         cost = adapter_flops(FAMILIES["neuron"], e.site, candidate.live, candidate.tensors)
         assert candidate.option.cost == pytest.approx(cost)
 
