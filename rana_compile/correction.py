@@ -100,7 +100,7 @@ class Fitter:
         return replace(fitted, choice=_priced(fitted.choice, weights))
 
     def _corrected(self, problem: Problem, share: float) -> tuple[Fitted, Measure, bool]:
-        """The better of the plans by prices as predicted and as measured; the latter prices; whether they did better."""
+        """The better of two plans, by prices as predicted and as measured; these prices; whether they did better."""
         first = self.fitted(problem.solve(share), thinned(self.everything, REFIT_TOKENS // 2))
         weights = self._weights(first)
         second = self.fitted(problem.solve(share, weights), self.everything)

@@ -137,7 +137,7 @@ def neuron_candidates(
     for option, chosen in combined([[level.option for level in part] for part in levels]):
         points = [part[k] for part, k in zip(levels, chosen, strict=True)]
         if any(p.live < evidence.site.d_in for p in points):
-            yield _neuron(evidence.site, points, option)
+            yield _neuron(evidence.site, points, option.price)
 
 
 def neuron_at(evidence: Evidence, ratio: float, importance: str = "column") -> Candidate:
@@ -145,14 +145,12 @@ def neuron_at(evidence: Evidence, ratio: float, importance: str = "column") -> C
     if ratio >= 1:
         return dense_candidate(evidence)
     points = [part[-1] for part in _input_levels(evidence, importance, (ratio,))]
-    return _neuron(
-        evidence.site, points, Option(sum(p.option.cost for p in points), sum(p.option.price for p in points))
-    )
+    return _neuron(evidence.site, points, sum(p.option.price for p in points))
 
 
-def _neuron(site: Site, points: Sequence[_Level], option: Option) -> Candidate:
+def _neuron(site: Site, points: Sequence[_Level], price: float) -> Candidate:
     tensors = {"threshold": torch.stack([p.threshold for p in points]), "probe": _probes(points)}
-    return _masked("neuron", site, tensors, points, option.price)
+    return _masked("neuron", site, tensors, points, price)
 
 
 def _masked(family: str, site: Site, tensors: Tensors, points: Sequence[_Level], price: float) -> Candidate:
