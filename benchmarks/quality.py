@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from rivals import Teal, cats, global_without_correction, svd, uniform_loss, wina
+from rivals import Teal, cats, global_without_correction, svd, uniform_loss, uniform_token, wina
 from torch import Tensor, nn
 
 from rana_compile import ConfigError, Plan
@@ -34,6 +34,7 @@ from rana_compile.passes.record import Adapted
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from inputs import load_smollm2, pydoc_topics, sample_windows
 
+NOT_REFITTED = "the same, thresholds not refitted"
 console = Console(width=150)
 
 
@@ -52,10 +53,14 @@ class Row:
     greedy: float  # share of the dense model's greedy continuation that is the adapted model's choice too
     predicted: float
     seconds: float
+    dense: float  # loss of the dense model
+    dense_other: float
 
 
 def main() -> None:
     settings = parse_arguments()
+    if settings.tables:
+        return show(read(settings.tables), settings.out)
     torch.manual_seed(0)
     model, tokenizer = load(settings.model)
     model.to(settings.device)
@@ -68,7 +73,7 @@ def main() -> None:
     for name, recipe, asked, session in methods(model, fit_on, settings):
         begin = time.perf_counter()
         try:
-            plan = session.fit(Target("flops", asked), recipe)
+            plan = session.fit(Target("flops", asked), recipe, refit=name != NOT_REFITTED)
         except ConfigError as error:
             console.print(f"{name} at {asked:.0%}: {error}", highlight=False)
             continue
@@ -77,10 +82,23 @@ def main() -> None:
         increases = f"+{rows[-1].increase:.4f} / +{rows[-1].increase_other:.4f} nats"
         console.print(f"{name} at {asked:.0%}: {increases}, KL {rows[-1].divergence:.4f}", highlight=False)
         write(rows, settings.out)
-    for asked in settings.budgets:
-        print_table([r for r in rows if r.asked == asked], asked, reference)
-    plot(rows, settings.out)
+    show(rows, settings.out)
     console.print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+
+
+def show(rows: list[Row], out: Path) -> None:
+    for asked in sorted({r.asked for r in rows}, reverse=True):
+        print_table([r for r in rows if r.asked == asked], asked)
+    plot(rows, out)
+
+
+def read(files: list[Path]) -> list[Row]:
+    """Rows of earlier runs, each with its file's settings."""
+    rows = []
+    for path in files:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows += [Row(r.pop("method"), *map(float, r.values())) for r in csv.DictReader(file)]
+    return rows
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -88,9 +106,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", default="smollm2", help="smollm2, or a directory (config or one GGUF file, tokenizer)"
     )
-    parser.add_argument(
-        "--other", type=Path, required=True, help="text file, or directory of HTML files: second domain"
-    )
+    parser.add_argument("--other", type=Path, help="text file, or directory of HTML files: second domain")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.85, 0.7, 0.6, 0.56, 0.5])
     parser.add_argument("--methods", nargs="+", help="only these rows")
     parser.add_argument("--ablation", action="store_true", help="what each ingredient brings, instead of the rivals")
@@ -100,8 +116,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calibration-tokens", type=int, default=8192)
     parser.add_argument("--windows", type=int, default=12, help="held-out windows of each domain")
     parser.add_argument("--generated", type=int, default=256, help="tokens of the greedy continuation")
+    parser.add_argument("--tables", type=Path, nargs="+", help="measure nothing: tables and plot of these quality.csv")
     parser.add_argument("--out", type=Path, default=Path("out/quality"))
-    return parser.parse_args()
+    settings = parser.parse_args()
+    if not (settings.other or settings.tables):
+        parser.error("--other is needed: the text of a second domain")
+    return settings
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -141,10 +161,11 @@ def methods(
     if settings.ablation:
         rivals = {
             "uniform, |x|·‖W col‖": wina,
-            "uniform, loss-aware": uniform_loss,
-            "global": global_without_correction,
+            "loss-aware": uniform_loss,
+            "and by token": uniform_token,
+            "and global": global_without_correction,
         }
-        ours = {"global, corrected": "neuron", "all families": "auto"}
+        ours = {"and corrected": "neuron", "and all families": "auto", NOT_REFITTED: "auto"}
     papers: dict[str, Any] = {} if settings.ablation else {"RaNA": "rana"}
     for recipes, separate in ((rivals | ours, False), (papers, True)):
         wanted = {name: recipe for name, recipe in recipes.items() if not settings.methods or name in settings.methods}
@@ -190,7 +211,7 @@ class Reference:
             divergences.append(divergence / len(windows))
         greedy = self._agreement(session, handler)
         predicted = sum(site.error for site in plan.sites)
-        return Row(name, asked, *kept, *increases, *divergences, greedy, predicted, seconds)  # type: ignore[call-arg]
+        return Row(name, asked, *kept, *increases, *divergences, greedy, predicted, seconds, *self.loss)  # type: ignore[call-arg]
 
     def _logits(self, session: Session, handler: Adapted, ids: Tensor) -> Tensor:
         """[length, vocabulary]: one forward pass without a cache, masks on for every token."""
@@ -203,9 +224,11 @@ class Reference:
         return float((choices[start:] == self.continued[0, start + 1 :]).float().mean())
 
 
-def print_table(rows: list[Row], asked: float, reference: Reference) -> None:
-    dense = " / ".join(f"{loss:.3f}" for loss in reference.loss)
-    table = Table(title=f"asked {asked:.0%} of the included linears' FLOPs; dense loss {dense} nats")
+def print_table(rows: list[Row], asked: float) -> None:
+    table = Table(
+        title=f"asked {asked:.0%} of the included linears' FLOPs; dense loss {rows[0].dense:.3f} / "
+        f"{rows[0].dense_other:.3f} nats"
+    )
     header = ("method", "kept", "kept, other", "loss +", "other +", "KL", "KL, other", "greedy", "predicted", "fit, s")
     for column in header:
         table.add_column(column, justify="left" if column == "method" else "right")

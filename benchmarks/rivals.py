@@ -28,8 +28,13 @@ def wina(evidence: Sequence[Evidence], mlps: Sequence[Mlp], share: float) -> Cho
 
 
 def uniform_loss(evidence: Sequence[Evidence], mlps: Sequence[Mlp], share: float) -> Choice:
-    """For the ablation: our scores, one ratio for all."""
+    """For the ablation: loss-aware scores, one ratio for all."""
     return {e.site: neuron_at(e, share, "loss") for e in evidence}
+
+
+def uniform_token(evidence: Sequence[Evidence], mlps: Sequence[Mlp], share: float) -> Choice:
+    """For the ablation: the same, and every token its own threshold."""
+    return {e.site: neuron_at(e, share, "token") for e in evidence}
 
 
 def global_without_correction(evidence: Sequence[Evidence], mlps: Sequence[Mlp], share: float) -> Choice:

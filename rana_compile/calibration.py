@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rana_compile.adapters import Tensors
-from rana_compile.correction import Fitted, Fitter, Problem, Target, thinned
+from rana_compile.correction import MAX_REFITS, Fitted, Fitter, Problem, Target, thinned
 from rana_compile.data import Batch, as_batches, rows_of
 from rana_compile.fitting import Evidence
 from rana_compile.flops import bytes_read, dense_flops, total_dense_flops
@@ -189,14 +189,17 @@ class Session:
         self.fitting, self.held_back = fitting, held_back
         self._recorder: Recorder | None = None
 
-    def fit(self, target: Target, recipe: str | Recipe = "auto") -> Plan:
-        """A plan for the target. Raises ConfigError if it cannot be reached, RanaError as ``calibrate`` does."""
+    def fit(self, target: Target, recipe: str | Recipe = "auto", refit: bool = True) -> Plan:
+        """A plan for the target. Raises ConfigError if it cannot be reached, RanaError as ``calibrate`` does.
+
+        Without ``refit`` thresholds stay as fitted on dense inputs, which shows what refitting them brings.
+        """
         check_recipe(recipe, target)
         recorder = self._record()
         found = self.capture.found[0]
         evidence = [self._evidence(site, sample, recorder) for site, sample in recorder.samples.items()]
         mlps = self._mlps(found, recorder)
-        fitter = Fitter(self.run_with, self.fitting, self.held_back, self.bar)
+        fitter = Fitter(self.run_with, self.fitting, self.held_back, self.bar, MAX_REFITS if refit else 0)
         self.bar.say("choosing adapters")
         if isinstance(recipe, str) and recipe in GLOBAL:
             problem = Problem(GLOBAL[recipe](evidence, mlps, target.share), self._cost_of(target))

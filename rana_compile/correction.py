@@ -87,9 +87,14 @@ class Fitter:
     """Fits choices on the batches of one calibration. ``run(handler, batch)`` gives the model's output."""
 
     def __init__(
-        self, run: Callable[[Handler, Batch], Any], fitting: Sequence[Batch], held_back: Sequence[Batch], bar: Progress
+        self,
+        run: Callable[[Handler, Batch], Any],
+        fitting: Sequence[Batch],
+        held_back: Sequence[Batch],
+        bar: Progress,
+        refits: int = MAX_REFITS,
     ) -> None:
-        self._run, self._bar, self._held_back = run, bar, held_back
+        self._run, self._bar, self._held_back, self._refits = run, bar, held_back, refits
         self.everything = thinned([*fitting, *held_back], REFIT_TOKENS)
 
     def search(self, problem: Problem, target: Target) -> Fitted:
@@ -134,15 +139,17 @@ class Fitter:
         """The choice with thresholds that realise its cost when all adapters are on, and what was measured of it."""
         live = {site: c.live for site, c in choice.items() if c.live}
         wanted = sum(c.option.cost for c in choice.values())
-        for _ in range(MAX_REFITS):
-            choice = self._refit(choice, batches, live)
+        left = self._refits
+        while True:
+            if left:
+                choice = self._refit(choice, batches, live)
             adapted = Adapted(_adapters(choice))
             (measured,) = self._divergences([adapted], self._held_back)
             miss = sum(map(adapted.flops, choice)) / wanted - 1
-            if abs(miss) <= TOLERANCE or not live:
-                break
+            left -= 1
+            if left <= 0 or abs(miss) <= TOLERANCE or not live:
+                return Fitted(choice, adapted, measured)
             live = {site: tuple(n / (1 + miss) for n in each) for site, each in live.items()}
-        return Fitted(choice, adapted, measured)
 
     def _refit(self, choice: Choice, batches: Sequence[Batch], live: Mapping[Site, Sequence[float]]) -> Choice:
         """Thresholds again, on the inputs each site sees when the sites before it are adapted."""

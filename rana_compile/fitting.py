@@ -107,9 +107,9 @@ class Part:
             return torch.ones_like(self.norms)
         if importance == "column":
             return self.norms.sqrt()
-        if importance == "loss":
+        if importance in ("loss", "token"):
             return self.importance()
-        raise ConfigError(f"unknown importance {importance!r}; known: magnitude, column, loss")
+        raise ConfigError(f"unknown importance {importance!r}; known: magnitude, column, loss, token")
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,12 @@ def dense_candidate(evidence: Evidence) -> Candidate:
 
 
 def neuron_candidates(
-    evidence: Evidence, importance: str = "loss", densities: tuple[float, ...] = DENSITIES
+    evidence: Evidence, importance: str = "token", densities: tuple[float, ...] = DENSITIES
 ) -> Iterator[Candidate]:
     """Neuron adapters, each linear of a stack at its own density, the combinations that pay.
 
-    ``importance``: ``magnitude`` |x|, ``column`` |x|·‖W col‖, or ``loss`` |x|·sqrt(E[u²]).
+    ``importance``: ``magnitude`` |x|, ``column`` |x|·‖W col‖, ``loss`` |x|·sqrt(E[u²]), or ``token``: the same times
+    the sensitivity predicted for the token.
     """
     levels = _input_levels(evidence, importance, densities)
     for option, chosen in combined([[level.option for level in part] for part in levels]):
@@ -176,7 +177,7 @@ def _input_levels(evidence: Evidence, importance: str, densities: tuple[float, .
         whole = _Level(torch.zeros_like(part.norms), site.d_in, Option(2.0 * site.d_in * d_out, 0.0))
         levels = list(_levels(effect, part.x, part.scale(importance), densities, 2.0 * d_out))
         # an MLP's last input is known too late for a fused kernel
-        tokens = Tokens.of(part.x, part.u) if importance == "loss" and site.kind != "down" else None
+        tokens = Tokens.of(part.x, part.u) if importance == "token" and site.kind != "down" else None
         if tokens is not None:
             scale = part.importance(tokens.predicted)
             levels = _better(levels, list(_levels(effect, part.x, scale, densities, 2.0 * d_out, tokens)))
@@ -208,7 +209,7 @@ def _levels(
 
 
 def gated_candidates(
-    evidence: Evidence, down: Evidence, down_choice: Candidate, importance: str = "loss"
+    evidence: Evidence, down: Evidence, down_choice: Candidate, importance: str = "token"
 ) -> Iterator[Candidate]:
     """Gated adapters of a ``gate_up`` site: the gate's inputs masked or not, up's rows by the activated gate.
 
@@ -224,7 +225,7 @@ def gated_candidates(
         effect = effect.where(hidden.x.abs() >= down_choice.tensors["threshold"][0])
     densities, flops = DENSITIES[::2], 2.0 * evidence.site.d_in
     rows = list(_levels(effect, activated, _row_scale(activated, hidden), densities, flops))
-    if tokens := Tokens.of(evidence.x, hidden.u):
+    if importance == "token" and (tokens := Tokens.of(evidence.x, hidden.u)):
         scale = _row_scale(activated, hidden, tokens.predicted)
         rows = _better(rows, list(_levels(effect, activated, scale, densities, flops, tokens)))
     inputs = _input_levels(evidence, importance, DENSITIES)[0]

@@ -49,7 +49,7 @@ def price_of(effect: Tensor, dropped: Tensor) -> float:
     return 0.5 * float(CROSS_TERMS * lost.sum(1).square().mean() + (1 - CROSS_TERMS) * lost.square().sum(1).mean())
 
 
-@pytest.mark.parametrize("importance", ["magnitude", "column", "loss"])
+@pytest.mark.parametrize("importance", ["magnitude", "column", "loss", "token"])
 def test_neuron_prices_are_the_definition(importance: str) -> None:
     """A mask for each linear of a stack: costs and prices add up, each linear's by the definition."""
     e = evidence_of(16, 24, 8)
