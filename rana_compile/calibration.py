@@ -29,8 +29,8 @@ from rana_compile.statistics import Sample
 from rana_compile.types import ConfigError, RanaError, Site, Skipped, parameter_filter
 
 SAMPLE_BYTES = 1_000_000_000  # for all samples together
-MAX_SAMPLE_ROWS = 2048
-RECORD_TOKENS = 4096  # for which gradients are computed
+MAX_SAMPLE_ROWS = 4096
+RECORD_TOKENS = 8192  # for which gradients are computed
 
 
 def calibrate(
@@ -246,7 +246,7 @@ class Session:
     def _capacity(self, rows: int) -> int:
         """Rows per site that keep all samples within SAMPLE_BYTES."""
         sites = [m.site for f in self.capture.found for m in f.matches]
-        per_row = sum(2 * site.d_in * (1 + len(site.weights)) for site in sites)  # bfloat16: x, and u of each linear
+        per_row = sum(site.d_in * (2 + len(site.weights)) for site in sites)  # x, and u of each linear
         return max(64, min(rows, MAX_SAMPLE_ROWS, SAMPLE_BYTES // max(per_row, 1)))
 
     def _evidence(self, site: Site, sample: Sample, recorder: Recorder) -> Evidence:

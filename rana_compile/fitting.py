@@ -28,7 +28,7 @@ RANKS = tuple(k / 8 for k in range(2, 8))
 TALL = 2  # outputs per input from which B, read whole for every token, can pay
 QUANTILE_SAMPLE = 100_000
 RANK_ROWS = 2048  # tokens that price rank adapters
-CROSS_TERMS = 0.5
+CROSS_TERMS = 0.2
 ISOTROPIC = 0.3
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -62,15 +62,13 @@ class Evidence:
     def x(self) -> Tensor:
         """Inputs [rows, d_in], float32."""
         assert self.sample.x is not None
-        return self._live(self.sample.x)
+        return self.sample.x[: self.sample.rows].to(self.weights[0].device).float()
 
     @property
     def u(self) -> Tensor | None:
         """Input gradients [rows, d_in], float32, or None without gradients."""
-        return None if self.sample.u is None else self._live(self.sample.u).sum(1)
-
-    def _live(self, kept: Tensor) -> Tensor:
-        return kept[: self.sample.rows].to(self.weights[0].device).float()
+        u = self.sample.gradients(self.weights[0].device)
+        return None if u is None else u.sum(1)
 
     @property
     def weight(self) -> Tensor:
@@ -79,8 +77,8 @@ class Evidence:
 
     def part(self, index: int) -> "Part":
         """One linear of the stack."""
-        u = None if self.sample.u is None else self._live(self.sample.u[:, index])
-        return Part(self.x, u, self.weights[index].detach().float().square().sum(0))
+        u = self.sample.gradients(self.weights[0].device)
+        return Part(self.x, None if u is None else u[:, index], self.weights[index].detach().float().square().sum(0))
 
 
 @dataclass(frozen=True)

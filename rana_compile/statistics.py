@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+FLOAT8_MAX = torch.finfo(torch.float8_e5m2).max
+
 
 @dataclass
 class Sample:
@@ -20,8 +22,9 @@ class Sample:
         capacity: most rows kept.
         parts: linears of the site.
         x: inputs [rows, d_in], bfloat16.
-        u: input gradients of the summed loss through each linear [rows, parts, d_in], bfloat16, or None before a
-            backward pass.
+        u: input gradients of the summed loss through each linear [rows, parts, d_in], or None before a backward pass:
+            float8_e5m2 in units of the first rows' size (read them with ``gradients``). Their two bits of mantissa are
+            noise to sums over thousands of them, and twice the rows are worth more.
         fresh: whether a row [rows] was left out of the second moments, so that it may price a basis fitted on them.
         seen: rows offered so far.
     """
@@ -33,6 +36,7 @@ class Sample:
     u: Tensor | None = None
     fresh: Tensor = field(init=False)
     seen: int = 0
+    _unit: float = 1.0
     _generator: torch.Generator = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -60,8 +64,14 @@ class Sample:
     def offer_gradient(self, part: int, u: Tensor, taken: Tensor, slots: Tensor) -> None:
         """The gradients through one linear of rows taken before: u [n, d_in]."""
         if self.u is None:
-            self.u = torch.zeros(self.capacity, self.parts, u.shape[1], dtype=torch.bfloat16)
-        self.u[slots, part] = u[taken].detach().to("cpu", torch.bfloat16)
+            self._unit = float(u.detach().float().square().mean().sqrt()) or 1.0
+            self.u = torch.zeros(self.capacity, self.parts, u.shape[1], dtype=torch.float8_e5m2)
+        rows = (u[taken].detach().float() / self._unit).clamp(-FLOAT8_MAX, FLOAT8_MAX)
+        self.u.view(torch.uint8)[slots, part] = rows.to("cpu", torch.float8_e5m2).view(torch.uint8)
+
+    def gradients(self, device: torch.device | str = "cpu") -> Tensor | None:
+        """u [rows, parts, d_in] in float32, or None without gradients."""
+        return None if self.u is None else self.u[: self.rows].to(device).float() * self._unit
 
     def _draw(self, n: int) -> tuple[Tensor, Tensor]:
         position = torch.arange(self.seen, self.seen + n)
