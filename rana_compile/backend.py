@@ -48,7 +48,7 @@ def rana(
             return _compile(copy_dynamo_graph(gm)[0], inputs, parsed)  # compilers change what they get
         adapted, refresh = adapt_graph(gm, inputs, plan, parsed)
         compiled = _compile(adapted, inputs, parsed)
-        return _refreshing(compiled, refresh) if refresh else compiled
+        return _refreshing(compiled, refresh, parsed.free_dense_weights) if refresh else compiled
 
     if parsed.plan is None:
         return profiled(gm, example_inputs, parsed, compile_graph)
@@ -161,20 +161,28 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Backend
     return compiled
 
 
-def _refreshing(compiled: Callable[..., Any], refresh: Refresh) -> Callable[..., Any]:
-    """Packed copies follow the weights: checked before each call, rewritten in place if a weight changed."""
+def _refreshing(compiled: Callable[..., Any], refresh: Refresh, share: bool) -> Callable[..., Any]:
+    """Packed copies follow the weights: checked before each call, rewritten in place if a weight changed.
+
+    With ``share`` the weights become views of them after the first call, whose strides the graph was compiled for.
+    """
 
     watched = sorted({i for _, places in refresh for i in places})
     seen: Stamp = ()
 
     def call(*args: Any) -> Any:
-        nonlocal seen
+        nonlocal seen, share
         now = stamp([args[i] for i in watched])
         if now != seen:
             for bound, places in refresh:
                 bound.refresh([args[i] for i in places])
             seen = now
-        return compiled(*args)
+        result = compiled(*args)
+        if share:
+            share = False
+            for bound, places in refresh:
+                bound.share([args[i] for i in places])
+        return result
 
     return call
 

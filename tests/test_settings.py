@@ -202,6 +202,56 @@ def test_quantised_linears_are_skipped_with_a_reason() -> None:
     assert [s.reason for s in told.skipped] == ["its weight is computed in the graph, not a parameter of the module"]
 
 
+def test_a_model_quantised_by_a_library_is_skipped_with_a_reason() -> None:
+    """Its parameters claim to be float32; what they are is a subclass that unpacks itself."""
+    quanto = pytest.importorskip("optimum.quanto")
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    quanto.quantize(model, weights=quanto.qint8, exclude="2")
+    quanto.freeze(model)
+    fast = torch.compile(
+        model, backend="rana", options={"calibration_tokens": 64, "compiler": "eager", "max_divergence": 9.0}
+    )
+    with torch.no_grad():
+        for _ in range(6):
+            x = torch.randn(20, 64)
+            assert fast(x).shape == x.shape
+    plan = rana_compile.plan_of(fast)
+    assert [s.site.name for s in plan.sites] == ["2"]
+    assert [s.name for s in plan.skipped] == ["0.weight"]
+    assert "its weight is a WeightQBytesTensor; only plain tensors are adapted" in plan.skipped[0].reason
+
+
+def test_dense_weights_may_be_freed(model: nn.Module, plan: Plan) -> None:
+    """Parameters become views of what the kernels read: the same values, once in memory; compiled once more."""
+    from rana_compile.binding import bind
+    from rana_compile.testing import count_compilations
+
+    def shared(model: nn.Module) -> list[bool]:
+        parameters = dict(model.named_parameters())
+        places = []
+        for entry in plan.adapted:
+            weights = [parameters[name] for name in entry.site.weights]
+            layout = bind(plan, entry, weights).packed(weights)["weight_t"]
+            places += [w.untyped_storage().data_ptr() == layout.untyped_storage().data_ptr() for w in weights]
+        return places
+
+    usual, fast = compiled(model, plan), compiled(model, plan, free_dense_weights=True)
+    with torch.no_grad():
+        exact = {length: logits(usual, length) for length in (12, 1)}
+        assert not any(shared(usual))
+        for length in (12, 1, 12, 1):
+            torch.testing.assert_close(logits(fast, length), exact[length])
+        with count_compilations() as counts:
+            logits(fast, 12), logits(fast, 1)
+    assert all(shared(fast)) and counts.graphs == 0
+    for name, value in fast.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+    torch.manual_seed(9)
+    fast.load_state_dict(tiny_llama(layers=1).state_dict())
+    with torch.no_grad(), pytest.raises(PlanError, match="its weights were overwritten"):
+        logits(fast, 1)
+
+
 def test_reloaded_weights_are_an_error_with_a_plan(model: nn.Module, plan: Plan) -> None:
     fast = compiled(model, plan)
     with torch.no_grad():
