@@ -117,11 +117,10 @@ def _chosen(plan: Plan, options: BackendOptions) -> list[SitePlan]:
     """The plan's sites that the options let through."""
     names = [name for entry in plan.sites for name in entry.site.weights] + [s.name for s in plan.skipped]
     keep = parameter_filter(options.include, options.exclude, names)
-    least = options.min_features or 0
     return [
         entry
         for entry in plan.sites
-        if min(entry.site.d_in, *entry.site.d_outs) >= least and not any(map(keep, entry.site.weights))
+        if min(entry.site.d_in, *entry.site.d_outs) >= options.least_features and not any(map(keep, entry.site.weights))
     ]
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from rana_compile.types import ConfigError
 
+MIN_FEATURES = 32
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 Patterns = str | Sequence[str] | None
 
@@ -47,6 +48,13 @@ class BackendOptions:
     recipe: str = "auto"
     calibration_tokens: int = 8192
     max_divergence: float = 0.3
+
+    @property
+    def least_features(self) -> int:
+        """``min_features``, or its default."""
+        if self.min_features is not None:
+            return self.min_features
+        return MIN_FEATURES if self.plan is None else 0
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> "BackendOptions":

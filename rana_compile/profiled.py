@@ -26,6 +26,7 @@ from rana_compile.passes.names import source_name, used_name
 from rana_compile.passes.products import products
 from rana_compile.passes.replay import Output, Replay
 from rana_compile.plan import Plan
+from rana_compile.recipes import SEPARATE_GATES
 from rana_compile.self_calibration import session_of
 from rana_compile.types import PlanError, RanaError, parameter_filter
 
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 
 Compiled = Callable[..., Any]
 Compile = Callable[[Sequence[Any], Plan | None], Compiled]
-MIN_FEATURES = 32
 
 
 def profiled(
@@ -63,8 +63,7 @@ def _found(gm: fx.GraphModule, options: BackendOptions) -> Found:
     nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
     names = [*map(source_name, nodes), *(used_name(p.node, p.weight) for p in products(gm.graph))]
     keep = parameter_filter(options.include, options.exclude, [name for name in names if name])
-    least = MIN_FEATURES if options.min_features is None else options.min_features
-    return find_sites(gm, keep, options.recipe == "rana", least)
+    return find_sites(gm, keep, options.recipe in SEPARATE_GATES, options.least_features)
 
 
 class Profiled:

@@ -213,15 +213,27 @@ def test_parts_of_a_broken_graph_make_one_plan() -> None:
             torch._dynamo.graph_break()
             return self.second(x)
 
-    model = Broken()
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.head = Broken(), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.part(x))
+
+    model = Whole()
     fast = torch.compile(model, backend="rana", options=SMALL)
     with count_compilations() as counts, torch.no_grad():
         for _ in range(6):
             fast(torch.randn(30, 64))
-    assert counts.graphs == 2 and counts.breaks == 1
+    assert counts.graphs == 3 and counts.breaks > 0
     plan = rana_compile.plan_of(model)
-    assert [s.site.weights for s in plan.sites] == [("first.weight",), ("second.weight",)]
+    assert {s.site.name for s in plan.sites} == {"part.first", "part.second", "head"}
     plan.check(model)
+    told = rana_compile.explain(model, torch.randn(30, 64), options={"plan": plan})
+    assert told.graphs == 3 and [o.action for o in told.sites] == ["adapted"] * 3
+    with pytest.raises(RanaError, match="compiles the model in parts, and in one"):
+        rana_compile.calibrate(model, [{"x": torch.randn(30, 64)} for _ in range(4)], progress=False)
 
 
 def test_last_rows_only_is_undone_for_recording(model: nn.Module) -> None:

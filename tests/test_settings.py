@@ -332,6 +332,18 @@ def test_mode_reaches_inductor(model: nn.Module, plan: Plan, monkeypatch: pytest
     assert seen[0]["max_autotune"] is True and seen[0]["epilogue_fusion"] is False
 
 
+def test_explain_looks_for_the_sites_of_the_plan(model: nn.Module) -> None:
+    """With gate and up apart, and without an excluded linear that would be stacked with others."""
+    plan = rana_compile.calibrate(model, tokens(4), 0.6, recipe="rana", exclude="k_proj", progress=False)
+    told = rana_compile.explain(model, tokens(1)[0], options={"plan": plan}, use_cache=False)
+    assert {o.site for o in told.sites} == {s.site for s in plan.sites}
+    families = {s.site: s.family for s in plan.sites}
+    assert all((o.action == "dense") == (families[o.site] == "dense") for o in told.sites)
+    assert [(s.name, s.reason) for s in told.skipped if "k_proj" in s.name] == [
+        ("model.layers.0.self_attn.k_proj.weight", "excluded by k_proj")
+    ]
+
+
 def test_explain_tells_what_and_why_without_compiling(model: nn.Module, plan: Plan) -> None:
     (ids,) = tokens(1, length=1)
     told = rana_compile.explain(model, ids, options={"plan": plan, "prefill": "dense"}, use_cache=False)
