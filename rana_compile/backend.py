@@ -79,7 +79,7 @@ def adapt_graph(
         if decode:
             ops.load(weights[0].device.type)
         if entry.family == "dense":
-            if decode and not match.site.transposed:
+            if decode and all(w.is_contiguous() for w in match.site.oriented(weights)):
                 lowerings.append(Lowering(match, "dense", True, {}))
             continue
         if not decode and options.prefill == "dense" and match.rows != 1:
@@ -91,7 +91,8 @@ def adapt_graph(
         buffers = bound.packed(weights) if decode else bound.folded(weights)
         lowerings.append(Lowering(match, entry.family, decode, buffers))
         refresh.append((bound, places))
-    log.info("adapted %d of %d sites in a graph of %d nodes", len(refresh), len(matches), len(gm.graph.nodes))
+    masked = sum(low.decode and low.family != "dense" for low in lowerings)
+    log.info("adapted %d of %d sites in a graph, %d through masked kernels", len(refresh), len(matches), masked)
     return (rewrite(gm, fuse_gated_mlps(lowerings)) if lowerings else copy_dynamo_graph(gm)[0]), refresh
 
 
@@ -143,7 +144,7 @@ def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -
     gated = site.kind == "gate_up" and basis is None
     faster = ops.masked_is_faster(rows, d, site.d_out, density, dtype, device, gated)
     if not faster:
-        log.info("%s: for %d rows the dense product is faster than the masked kernel here", site.name, rows)
+        log.debug("%s: for %d rows the dense product is faster than the masked kernel here", site.name, rows)
     return faster
 
 

@@ -88,8 +88,11 @@ class Profiled:
         self.gm, self.found, self.options, self.given = gm, found, options, given
         self.parameters = tuple(i for i, value in enumerate(example_inputs) if isinstance(value, nn.Parameter))
         self.adaptable = {lin.weight_name: position[lin.weight] for m in found.matches for lin in m.linears}
-        named = {name: i for i, node in enumerate(nodes) if i in self.parameters and (name := source_name(node))}
-        self.names = named | self.adaptable
+        named = [(source_name(node), node) for node in nodes] + [
+            (used_name(p.node, p.weight), p.weight) for p in products(gm.graph) if p.weight in position
+        ]
+        self.names = {name: position[n] for name, n in named if name and position[n] in self.parameters}
+        self.names |= self.adaptable  # which functional_call may have replaced by plain tensors
         self.autocast = _autocast_of(example_inputs[self.parameters[0]].device.type)
         self._key = next(iter(self.adaptable.values()))
         self._context, self._compiling = TracingContext.get(), CompileContext.try_get()

@@ -179,6 +179,16 @@ def test_excluded_and_small_linears_are_left_alone(model: nn.Module) -> None:
     assert "model.layers.0.self_attn.q_proj" in {s.site.name for s in plan.sites}
 
 
+def test_an_excluded_tied_head_counts_among_all_linears() -> None:
+    """Its weight is the embedding's in the graph."""
+    model = tiny_llama(layers=1, tie_word_embeddings=True)
+    fast = compiled(model, exclude=["lm_head"])
+    run(fast, 5)
+    plan = rana_compile.plan_of(fast)
+    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    assert plan.model_flops == 2 * linears
+
+
 def test_an_abandoned_model_is_not_kept_alive() -> None:
     model = compiled(tiny_llama(layers=1), calibration_tokens=10_000)
     run(model, 2)

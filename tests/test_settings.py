@@ -136,6 +136,25 @@ def test_weights_shared_between_layers(rows: int) -> None:
         torch.testing.assert_close(fast(x), exact, rtol=1e-4, atol=1e-5)
 
 
+def test_a_shared_weight_may_be_freed_for_one_layer_and_dense_in_the_other() -> None:
+    """The dense layer's kernel wants rows side by side, which the layout of the adapted one does not have."""
+    model = Shared()
+    plan = plan_of(
+        model,
+        (Site("b", "linear", ("b.weight",), 64, (64,)), "neuron", neuron_tensors(torch.full((1, 64), 0.3))),
+        (Site("c", "linear", ("c.weight",), 64, (64,)), "dense", {}),
+    )
+    x = torch.randn(1, 64)
+    options = {"plan": plan, "compiler": "eager", "free_dense_weights": True}
+    fast = torch.compile(model, backend="rana", options=options)
+    with torch.no_grad():
+        hidden = model.a(model.a(x).relu())
+        exact = model.c(model.b(hidden * (hidden.abs() >= 0.3)).relu())
+        for _ in range(3):
+            torch.testing.assert_close(fast(x), exact, rtol=1e-4, atol=1e-5)
+    assert not model.b.weight.is_contiguous()
+
+
 def test_shared_weights_are_calibrated() -> None:
     model = Shared()
     fast = torch.compile(model, backend="rana", options={"calibration_tokens": 300, "compiler": "eager"})
