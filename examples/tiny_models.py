@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rana_compile import Plan
+from rana_compile.adapters.base import token_thresholds
 
 VOCABULARY = 128
 HIDDEN, MLP, HEADS, KV_HEADS = 64, 96, 4, 2
@@ -225,11 +226,15 @@ def mask_by_hooks(model: nn.Module, plan: Plan) -> list[RemovableHandle]:
     hooks = []
     for entry in plan.adapted:
         assert entry.family == "neuron"
-        for name, threshold in zip(entry.site.weights, entry.tensors["threshold"], strict=True):
+        for i, name in enumerate(entry.site.weights):
             linear = model.get_submodule(name.rpartition(".")[0])
-            hooks.append(linear.register_forward_pre_hook(_masking(threshold)))
+            hooks.append(linear.register_forward_pre_hook(_masking(*(t[i : i + 1] for t in entry.tensors.values()))))
     return hooks
 
 
-def _masking(threshold: Tensor) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
-    return lambda module, args: args[0] * (args[0].abs() >= threshold)
+def _masking(threshold: Tensor, probe: Tensor) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
+    def masked(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+        (x,) = args
+        return x * (x.abs() >= token_thresholds(x, threshold, probe)[..., 0, :])
+
+    return masked

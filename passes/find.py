@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rana_compile.passes.linear import find_linears
 from rana_compile.passes.match import Block, Found, Linear, Match, Search, digraph_of
@@ -99,6 +100,8 @@ def _unusable(weight: fx.Node, bias: fx.Node | None) -> str | None:
     if bias is not None and bias.op != "placeholder":
         return "its bias is computed in the graph, not a parameter of the module"
     value = weight.meta["example_value"]
+    if is_traceable_wrapper_subclass(value):
+        return f"its weight is a {type(value).__name__}; only plain tensors are adapted, no quantised ones"
     if value.dim() != 2:
         return f"its weight has {value.dim()} dimensions, expected 2"
     if not value.dtype.is_floating_point or value.dtype.itemsize < 2:

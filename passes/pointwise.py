@@ -12,7 +12,7 @@ from torch import fx
 from rana_compile.passes.match import op_name, shape
 
 _DROPOUTS = {"dropout", "dropout_", "feature_dropout", "alpha_dropout"}
-_LOOKUPS = {"embedding", "embedding_bag", "index_select", "size", "interpolate"}
+_LOOKUPS = {"embedding", "embedding_bag", "index_select", "size", "interpolate", "cat"}
 _VIEWS = {"getattr", "getitem", "t", "transpose", "permute", "view", "reshape", "expand", "unsqueeze", "squeeze"}
 _ALIASES = {"to", "float", "half", "bfloat16", "type_as", "contiguous", "clone"}
 
@@ -34,7 +34,7 @@ def is_active_dropout(node: fx.Node) -> bool:
 
 
 def readers(weight: fx.Node) -> set[str]:
-    """Names of what computes with a weight, behind views of it; picking values from it does not count."""
+    """Names of what computes with a weight, behind views of it; picking or placing values does not count."""
     names: set[str] = set()
     for user in weight.users:
         name = op_name(user)

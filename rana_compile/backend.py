@@ -48,7 +48,7 @@ def rana(
             return _compile(copy_dynamo_graph(gm)[0], inputs, parsed)  # compilers change what they get
         adapted, refresh = adapt_graph(gm, inputs, plan, parsed)
         compiled = _compile(adapted, inputs, parsed)
-        return _refreshing(compiled, refresh) if refresh else compiled
+        return _refreshing(compiled, refresh, parsed.free_dense_weights) if refresh else compiled
 
     if parsed.plan is None:
         return profiled(gm, example_inputs, parsed, compile_graph)
@@ -79,7 +79,7 @@ def adapt_graph(
         if decode:
             ops.load(weights[0].device.type)
         if entry.family == "dense":
-            if decode and not match.site.transposed:
+            if decode and all(w.is_contiguous() for w in match.site.oriented(weights)):
                 lowerings.append(Lowering(match, "dense", True, {}))
             continue
         if not decode and options.prefill == "dense" and match.rows != 1:
@@ -91,7 +91,8 @@ def adapt_graph(
         buffers = bound.packed(weights) if decode else bound.folded(weights)
         lowerings.append(Lowering(match, entry.family, decode, buffers))
         refresh.append((bound, places))
-    log.info("adapted %d of %d sites in a graph of %d nodes", len(refresh), len(matches), len(gm.graph.nodes))
+    masked = sum(low.decode and low.family != "dense" for low in lowerings)
+    log.info("adapted %d of %d sites in a graph, %d through masked kernels", len(refresh), len(matches), masked)
     return (rewrite(gm, fuse_gated_mlps(lowerings)) if lowerings else copy_dynamo_graph(gm)[0]), refresh
 
 
@@ -117,11 +118,10 @@ def _chosen(plan: Plan, options: BackendOptions) -> list[SitePlan]:
     """The plan's sites that the options let through."""
     names = [name for entry in plan.sites for name in entry.site.weights] + [s.name for s in plan.skipped]
     keep = parameter_filter(options.include, options.exclude, names)
-    least = options.min_features or 0
     return [
         entry
         for entry in plan.sites
-        if min(entry.site.d_in, *entry.site.d_outs) >= least and not any(map(keep, entry.site.weights))
+        if min(entry.site.d_in, *entry.site.d_outs) >= options.least_features and not any(map(keep, entry.site.weights))
     ]
 
 
@@ -144,7 +144,7 @@ def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -
     gated = site.kind == "gate_up" and basis is None
     faster = ops.masked_is_faster(rows, d, site.d_out, density, dtype, device, gated)
     if not faster:
-        log.info("%s: for %d rows the dense product is faster than the masked kernel here", site.name, rows)
+        log.debug("%s: for %d rows the dense product is faster than the masked kernel here", site.name, rows)
     return faster
 
 
@@ -161,20 +161,28 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Backend
     return compiled
 
 
-def _refreshing(compiled: Callable[..., Any], refresh: Refresh) -> Callable[..., Any]:
-    """Packed copies follow the weights: checked before each call, rewritten in place if a weight changed."""
+def _refreshing(compiled: Callable[..., Any], refresh: Refresh, share: bool) -> Callable[..., Any]:
+    """Packed copies follow the weights: checked before each call, rewritten in place if a weight changed.
+
+    With ``share`` the weights become views of them after the first call, whose strides the graph was compiled for.
+    """
 
     watched = sorted({i for _, places in refresh for i in places})
     seen: Stamp = ()
 
     def call(*args: Any) -> Any:
-        nonlocal seen
+        nonlocal seen, share
         now = stamp([args[i] for i in watched])
         if now != seen:
             for bound, places in refresh:
                 bound.refresh([args[i] for i in places])
             seen = now
-        return compiled(*args)
+        result = compiled(*args)
+        if share:
+            share = False
+            for bound, places in refresh:
+                bound.share([args[i] for i in places])
+        return result
 
     return call
 

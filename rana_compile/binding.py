@@ -94,6 +94,14 @@ class Bound:
                 _copy(self._packed, self._pack(weights))
         self._stamp = now
 
+    def share(self, weights: Sequence[Tensor]) -> None:
+        """Let the parameters be views of the packed layouts, where those hold them; their own memory is freed."""
+        with plainly():
+            views = self._family.unpacked(self.entry.site, self._packed) if self._packed is not None else ()
+            for weight, view in zip(weights, self.entry.site.oriented(views), strict=False):
+                weight.data = view
+        self._stamp = stamp(weights)
+
     def _derive(self, weights: Sequence[Tensor]) -> Tensors:
         return self._family.derive(self.entry.site.oriented(weights), self._stored)
 

@@ -240,6 +240,12 @@ class Session:
         if not recorder.samples:
             reasons = "; ".join(f"{s.name}: {s.reason}" for f in self.capture.found for s in f.skipped[:3])
             raise RanaError(f"no linear layer of the model can be adapted ({reasons or 'none was found'})")
+        for name in (name for site in recorder.samples for name in site.weights if name not in self.parameters):
+            raise RanaError(
+                f"Dynamo compiles the model in parts, and in one of them a weight is only called {name!r}. Remove the "
+                'graph breaks (fullgraph=True shows them), or use model.compile(backend="rana") without a plan, which '
+                "calibrates part by part"
+            )
         self._recorder = recorder
         return recorder
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from rana_compile.types import ConfigError
 
+MIN_FEATURES = 32
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 Patterns = str | Sequence[str] | None
 
@@ -21,6 +22,9 @@ class BackendOptions:
         include, exclude: glob patterns over parameter names, as ``calibrate`` takes them.
         min_features: a linear with fewer inputs or outputs stays dense (a mixture's router, a small classifier). By
             default 32 where the backend calibrates itself, and 0 with a plan, which chose its sites already.
+        free_dense_weights: after the first decoded token the weights of neuron and gated sites become views of the
+            layout that the kernels read, so that there is one copy of them, not two. Values stay; strides change, so
+            every graph is compiled once more. Saving them then needs ``contiguous()`` copies. Rank adapters keep both.
         mode: passed on to Inductor (``"default"``, ``"reduce-overhead"``, ``"max-autotune"``, ...).
         inductor: further Inductor options, as ``torch.compile(options=...)`` would take them.
         compiler: the backend that compiles the rewritten graph; ``"aot_eager"`` or ``"eager"`` to look for an error.
@@ -36,6 +40,7 @@ class BackendOptions:
     include: Patterns = None
     exclude: Patterns = None
     min_features: int | None = None
+    free_dense_weights: bool = False
     mode: str | None = None
     inductor: Mapping[str, Any] | None = None
     compiler: str = "inductor"
@@ -43,6 +48,13 @@ class BackendOptions:
     recipe: str = "auto"
     calibration_tokens: int = 8192
     max_divergence: float = 0.3
+
+    @property
+    def least_features(self) -> int:
+        """``min_features``, or its default."""
+        if self.min_features is not None:
+            return self.min_features
+        return MIN_FEATURES if self.plan is None else 0
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> "BackendOptions":
@@ -68,6 +80,8 @@ class BackendOptions:
             raise ConfigError(f"mode {self.mode!r} is not one of Inductor's; known modes: {', '.join(MODES)}")
         if self.prefill not in ("adapted", "dense"):
             raise ConfigError(f"option 'prefill' is {self.prefill!r}; expected 'adapted' or 'dense'")
+        if not isinstance(self.free_dense_weights, bool):
+            raise ConfigError(f"option 'free_dense_weights' is {self.free_dense_weights!r}; expected True or False")
         if self.inductor is not None and not isinstance(self.inductor, Mapping):
             raise ConfigError(f"option 'inductor' is a {type(self.inductor).__name__}; expected a dict")
         for name, least in {"min_features": 0, "calibration_tokens": 1, "max_divergence": 0}.items():

@@ -1,6 +1,6 @@
 """What ``backend="rana"`` would do with a model, and why, without compiling it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ from rana_compile.flops import dense_flops
 from rana_compile.passes.interpret import capturing, undisturbed
 from rana_compile.passes.match import Match
 from rana_compile.passes.record import dense_handler
-from rana_compile.plan import Plan
-from rana_compile.profiled import MIN_FEATURES
+from rana_compile.plan import Plan, SitePlan
+from rana_compile.recipes import SEPARATE_GATES
 from rana_compile.report import table_text
 from rana_compile.types import Site, Skipped, parameter_filter
 
@@ -75,31 +75,48 @@ def explain(
     parsed = BackendOptions.parse(options)
     plan = None if parsed.plan is None else Plan.of(parsed.plan)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    keep = parameter_filter(parsed.include, parsed.exclude, list(parameters))
-    least = parsed.min_features
-    if least is None:
-        least = MIN_FEATURES if plan is None else 0
-    with undisturbed(model), capturing(model, keep, parsed.recipe == "rana", least) as (run, capture):
+    keep = _within(plan, parameter_filter(parsed.include, parsed.exclude, list(parameters)))
+    separate = any(s.site.kind == "gate" for s in plan.sites) if plan else parsed.recipe in SEPARATE_GATES
+    with undisturbed(model), capturing(model, keep, separate, parsed.least_features) as (run, capture):
         capture.handler = dense_handler
         with torch.no_grad():
             run(*inputs, **kwargs)
         matches = [match for found in capture.found for match in found.matches]
         skipped = tuple(dict.fromkeys(s for found in capture.found for s in found.skipped))
         total = max(sum(dense_flops(match.site) for match in matches), 1)
-        entries = {} if plan is None else {entry.site.weights: entry for entry in plan.sites}
         sites = []
         for match in matches:
-            weights = [parameters[name] for name in match.site.weights if name in parameters]
-            action, reason = _outlook(match, plan, parsed, is_decode(match, weights, entries.get(match.site.weights)))
+            weights = [lin.weight.meta["example_value"] for lin in match.linears]
+            entry = None if plan is None else _entry_of(plan, match)
+            action, reason = _outlook(match, entry, parsed, is_decode(match, weights, entry))
             sites.append(Outlook(match.site, match.rows, dense_flops(match.site) / total, action, reason))
         when = f" after {parsed.calibration_tokens:,} tokens, at {parsed.flops_budget:.0%} of their FLOPs"
         return Explanation(tuple(sites), skipped, len(capture.found), when if plan is None else "")
 
 
-def _outlook(match: Match, plan: Plan | None, options: BackendOptions, decode: bool) -> tuple[str, str]:
+def _within(plan: Plan | None, keep: Callable[[str], str | None]) -> Callable[[str], str | None]:
+    """The filter, narrowed to the plan's weights."""
+    if plan is None:
+        return keep
+    reasons: dict[str, str | None] = {s.name: s.reason for s in plan.skipped}
+    reasons |= {name: None for entry in plan.sites for name in entry.site.weights}
+    return lambda name: keep(name) or next((r for whole, r in reasons.items() if _is(whole, name)), "not in the plan")
+
+
+def _is(whole: str, name: str) -> bool:
+    """Whether a name as a graph has it, which in a part of a model is relative to it, may mean that parameter."""
+    return f".{whole}".endswith(f".{name}")
+
+
+def _entry_of(plan: Plan, match: Match) -> SitePlan | None:
+    names = match.site.weights
+    same = (e for e in plan.sites if len(e.site.weights) == len(names) and all(map(_is, e.site.weights, names)))
+    return next(same, None)
+
+
+def _outlook(match: Match, entry: SitePlan | None, options: BackendOptions, decode: bool) -> tuple[str, str]:
     adapter = "the fit decides how"
-    if plan is not None:
-        entry = next((entry for entry in plan.sites if entry.site.weights == match.site.weights), None)
+    if options.plan is not None:
         if entry is None or entry.family == "dense":
             return "dense", "not in the plan" if entry is None else "the plan keeps it dense"
         adapter = f"{entry.family}, {entry.flops_kept:.0%} of its FLOPs"

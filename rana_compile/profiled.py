@@ -26,6 +26,7 @@ from rana_compile.passes.names import source_name, used_name
 from rana_compile.passes.products import products
 from rana_compile.passes.replay import Output, Replay
 from rana_compile.plan import Plan
+from rana_compile.recipes import SEPARATE_GATES
 from rana_compile.self_calibration import session_of
 from rana_compile.types import PlanError, RanaError, parameter_filter
 
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 
 Compiled = Callable[..., Any]
 Compile = Callable[[Sequence[Any], Plan | None], Compiled]
-MIN_FEATURES = 32
 
 
 def profiled(
@@ -63,8 +63,7 @@ def _found(gm: fx.GraphModule, options: BackendOptions) -> Found:
     nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
     names = [*map(source_name, nodes), *(used_name(p.node, p.weight) for p in products(gm.graph))]
     keep = parameter_filter(options.include, options.exclude, [name for name in names if name])
-    least = MIN_FEATURES if options.min_features is None else options.min_features
-    return find_sites(gm, keep, options.recipe == "rana", least)
+    return find_sites(gm, keep, options.recipe in SEPARATE_GATES, options.least_features)
 
 
 class Profiled:
@@ -89,8 +88,11 @@ class Profiled:
         self.gm, self.found, self.options, self.given = gm, found, options, given
         self.parameters = tuple(i for i, value in enumerate(example_inputs) if isinstance(value, nn.Parameter))
         self.adaptable = {lin.weight_name: position[lin.weight] for m in found.matches for lin in m.linears}
-        named = {name: i for i, node in enumerate(nodes) if i in self.parameters and (name := source_name(node))}
-        self.names = named | self.adaptable
+        named = [(source_name(node), node) for node in nodes] + [
+            (used_name(p.node, p.weight), p.weight) for p in products(gm.graph) if p.weight in position
+        ]
+        self.names = {name: position[n] for name, n in named if name and position[n] in self.parameters}
+        self.names |= self.adaptable  # which functional_call may have replaced by plain tensors
         self.autocast = _autocast_of(example_inputs[self.parameters[0]].device.type)
         self._key = next(iter(self.adaptable.values()))
         self._context, self._compiling = TracingContext.get(), CompileContext.try_get()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,3 +171,11 @@ def run_thrice(model: nn.Module, inputs: Any, **settings: Any) -> tuple[Compilat
 
 def test_every_model_has_an_expectation() -> None:
     assert set(EXPECTED) == set(MODELS)
+
+
+def test_the_table_in_the_docs_has_every_model() -> None:
+    """Written by examples/architectures.py, which takes too long for a test."""
+    page = (Path(__file__).parents[1] / "docs/architectures.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].removeprefix("| ") for row in rows] == list(MODELS)
+    assert {row[-1].removesuffix(" |") for row in rows} == {"equal", "–"}

@@ -10,7 +10,7 @@ from rana_compile.types import ConfigError
         (
             {"plan": "p", "prefil": "dense"},
             None,
-            "unknown option 'prefil'; known options: plan, prefill, include, exclude, min_features, mode, inductor",
+            "unknown option 'prefil'; known options: plan, prefill, include, exclude, min_features, free_dense_weights",
         ),
         ({"plan": "p", "prefill": "both"}, None, "expected 'adapted' or 'dense'"),
         ({"plan": "p", "mode": "default"}, "max-autotune", "contradicts"),
@@ -20,6 +20,7 @@ from rana_compile.types import ConfigError
         ({"calibration_tokens": 0}, None, "'calibration_tokens' is 0; expected a number of at least 1"),
         ({"max_divergence": "low"}, None, "'max_divergence' is 'low'"),
         ({"min_features": -1}, None, "'min_features' is -1"),
+        ({"free_dense_weights": "all"}, None, "'free_dense_weights' is 'all'; expected True or False"),
     ],
 )
 def test_bad_options_say_what_is_known(options: dict | None, mode: str | None, message: str) -> None:

@@ -1,6 +1,7 @@
 """generate, as people call it: the compiled model gives the tokens of the adapted model run eagerly."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,9 +89,17 @@ def test_assisted_generation(model: nn.Module, plan: Plan) -> None:
     assert torch.equal(got, expected)
 
 
-def test_quantised_cache() -> None:
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    return torch.cat([packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)])
+
+
+def test_quantised_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo breaks the model at every layer's cache, and lets the layers share the graphs between."""
     pytest.importorskip("optimum.quanto")
+    from optimum.quanto.library.extensions import extension
+
+    without_building = SimpleNamespace(unpack=unpack)  # its C++ takes a minute
+    monkeypatch.setattr(extension.get_extension("quanto_cpp"), "_lib", without_building)
     torch.manual_seed(0)
     model = tiny_llama(layers=2)
     plan = rana_compile.calibrate(model, tokens(6), flops_budget=0.6, recipe="neuron", progress=False)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"types", "config", "flops", "progress", "data"},
     {"kernels"},
-    {"adapters", "allocation", "statistics", "objective", "fitting", "recipes", "plan", "report", "binding"},
+    {"adapters", "allocation", "statistics", "objective", "fitting", "recipes", "plan", "probe", "report", "binding"},
     {"passes"},
     {"correction"},
     {"calibration", "evaluation"},

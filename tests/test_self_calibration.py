@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import VOCABULARY, tiny_llama, tokens
+from support import tiny_llama, tokens
 from torch import Tensor, nn
 
 import rana_compile
@@ -56,12 +56,10 @@ def test_one_swap_in_a_generate_loop(model: nn.Module, log: Any, cache: str | No
     fast = compiled(model, compiler=compiler, calibration_tokens=100)
     prompts = [ids[:, :24] for ids in tokens(8)]
     for i, ids in enumerate(prompts):
-        if i == 2:  # Dynamo has seen both lengths by now
-            torch._dynamo.config.error_on_recompile = True
-        try:
+        seen = i >= 2  # Dynamo has seen both lengths by now
+        with torch._dynamo.config.patch(error_on_recompile=seen), count_compilations() as counts:
             got = generate(fast, ids, cache_implementation=cache)
-        finally:
-            torch._dynamo.config.error_on_recompile = False
+        assert counts.graphs == 0 or not seen
         if not log.messages:  # nothing logged: still dense
             assert torch.equal(got, generate(model, ids, cache_implementation=cache))
     (line,) = log.messages
@@ -114,13 +112,17 @@ def test_too_far_from_dense_stays_dense_and_says_so(model: nn.Module, log: Any) 
         rana_compile.plan_of(fast)
 
 
-def test_single_tokens_alone_stay_dense_and_say_so(model: nn.Module, log: Any) -> None:
-    fast = compiled(model, calibration_tokens=60)
+@pytest.mark.parametrize(("wanted", "said"), [(100, "calibrated on"), (1000, "stays dense: of 4,000 tokens seen the")])
+def test_of_single_tokens_ever_fewer_are_kept(log: Any, wanted: int, said: str) -> None:
+    """Each would bring its whole cache. Enough of a small wish is kept, of a larger one too little to fit on."""
+    fast = torch.compile(
+        nn.Sequential(nn.Linear(64, 64)), backend="rana", options=SMALL | {"calibration_tokens": wanted}
+    )
     with torch.no_grad():
-        for i in range(300):
-            fast(input_ids=torch.tensor([[i % VOCABULARY]]), use_cache=False)
+        for x in torch.randn(4 * wanted, 1, 64):
+            fast(x)
     (line,) = log.messages
-    assert "adapted" in line  # without a cache they are cheap to keep
+    assert said in line
 
 
 @pytest.mark.parametrize("change", ["load_state_dict", "copy_"])
@@ -177,6 +179,16 @@ def test_excluded_and_small_linears_are_left_alone(model: nn.Module) -> None:
     assert "model.layers.0.self_attn.q_proj" in {s.site.name for s in plan.sites}
 
 
+def test_an_excluded_tied_head_counts_among_all_linears() -> None:
+    """Its weight is the embedding's in the graph."""
+    model = tiny_llama(layers=1, tie_word_embeddings=True)
+    fast = compiled(model, exclude=["lm_head"])
+    run(fast, 5)
+    plan = rana_compile.plan_of(fast)
+    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    assert plan.model_flops == 2 * linears
+
+
 def test_an_abandoned_model_is_not_kept_alive() -> None:
     model = compiled(tiny_llama(layers=1), calibration_tokens=10_000)
     run(model, 2)
@@ -211,15 +223,27 @@ def test_parts_of_a_broken_graph_make_one_plan() -> None:
             torch._dynamo.graph_break()
             return self.second(x)
 
-    model = Broken()
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.head = Broken(), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.part(x))
+
+    model = Whole()
     fast = torch.compile(model, backend="rana", options=SMALL)
     with count_compilations() as counts, torch.no_grad():
         for _ in range(6):
             fast(torch.randn(30, 64))
-    assert counts.graphs == 2 and counts.breaks == 1
+    assert counts.graphs == 3 and counts.breaks > 0
     plan = rana_compile.plan_of(model)
-    assert [s.site.weights for s in plan.sites] == [("first.weight",), ("second.weight",)]
+    assert {s.site.name for s in plan.sites} == {"part.first", "part.second", "head"}
     plan.check(model)
+    told = rana_compile.explain(model, torch.randn(30, 64), options={"plan": plan})
+    assert told.graphs == 3 and [o.action for o in told.sites] == ["adapted"] * 3
+    with pytest.raises(RanaError, match="compiles the model in parts, and in one"):
+        rana_compile.calibrate(model, [{"x": torch.randn(30, 64)} for _ in range(4)], progress=False)
 
 
 def test_last_rows_only_is_undone_for_recording(model: nn.Module) -> None:

@@ -136,6 +136,25 @@ def test_weights_shared_between_layers(rows: int) -> None:
         torch.testing.assert_close(fast(x), exact, rtol=1e-4, atol=1e-5)
 
 
+def test_a_shared_weight_may_be_freed_for_one_layer_and_dense_in_the_other() -> None:
+    """The dense layer's kernel wants rows side by side, which the layout of the adapted one does not have."""
+    model = Shared()
+    plan = plan_of(
+        model,
+        (Site("b", "linear", ("b.weight",), 64, (64,)), "neuron", neuron_tensors(torch.full((1, 64), 0.3))),
+        (Site("c", "linear", ("c.weight",), 64, (64,)), "dense", {}),
+    )
+    x = torch.randn(1, 64)
+    options = {"plan": plan, "compiler": "eager", "free_dense_weights": True}
+    fast = torch.compile(model, backend="rana", options=options)
+    with torch.no_grad():
+        hidden = model.a(model.a(x).relu())
+        exact = model.c(model.b(hidden * (hidden.abs() >= 0.3)).relu())
+        for _ in range(3):
+            torch.testing.assert_close(fast(x), exact, rtol=1e-4, atol=1e-5)
+    assert not model.b.weight.is_contiguous()
+
+
 def test_shared_weights_are_calibrated() -> None:
     model = Shared()
     fast = torch.compile(model, backend="rana", options={"calibration_tokens": 300, "compiler": "eager"})
@@ -200,6 +219,56 @@ def test_quantised_linears_are_skipped_with_a_reason() -> None:
     told = rana_compile.explain(model, torch.randn(4, 64))
     assert [o.site.name for o in told.sites] == ["2"]
     assert [s.reason for s in told.skipped] == ["its weight is computed in the graph, not a parameter of the module"]
+
+
+def test_a_model_quantised_by_a_library_is_skipped_with_a_reason() -> None:
+    """Its parameters claim to be float32; what they are is a subclass that unpacks itself."""
+    quanto = pytest.importorskip("optimum.quanto")
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    quanto.quantize(model, weights=quanto.qint8, exclude="2")
+    quanto.freeze(model)
+    fast = torch.compile(
+        model, backend="rana", options={"calibration_tokens": 64, "compiler": "eager", "max_divergence": 9.0}
+    )
+    with torch.no_grad():
+        for _ in range(6):
+            x = torch.randn(20, 64)
+            assert fast(x).shape == x.shape
+    plan = rana_compile.plan_of(fast)
+    assert [s.site.name for s in plan.sites] == ["2"]
+    assert [s.name for s in plan.skipped] == ["0.weight"]
+    assert "its weight is a WeightQBytesTensor; only plain tensors are adapted" in plan.skipped[0].reason
+
+
+def test_dense_weights_may_be_freed(model: nn.Module, plan: Plan) -> None:
+    """Parameters become views of what the kernels read: the same values, once in memory; compiled once more."""
+    from rana_compile.binding import bind
+    from rana_compile.testing import count_compilations
+
+    def shared(model: nn.Module) -> list[bool]:
+        parameters = dict(model.named_parameters())
+        places = []
+        for entry in plan.adapted:
+            weights = [parameters[name] for name in entry.site.weights]
+            layout = bind(plan, entry, weights).packed(weights)["weight_t"]
+            places += [w.untyped_storage().data_ptr() == layout.untyped_storage().data_ptr() for w in weights]
+        return places
+
+    usual, fast = compiled(model, plan), compiled(model, plan, free_dense_weights=True)
+    with torch.no_grad():
+        exact = {length: logits(usual, length) for length in (12, 1)}
+        assert not any(shared(usual))
+        for length in (12, 1, 12, 1):
+            torch.testing.assert_close(logits(fast, length), exact[length])
+        with count_compilations() as counts:
+            logits(fast, 12), logits(fast, 1)
+    assert all(shared(fast)) and counts.graphs == 0
+    for name, value in fast.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+    torch.manual_seed(9)
+    fast.load_state_dict(tiny_llama(layers=1).state_dict())
+    with torch.no_grad(), pytest.raises(PlanError, match="its weights were overwritten"):
+        logits(fast, 1)
 
 
 def test_reloaded_weights_are_an_error_with_a_plan(model: nn.Module, plan: Plan) -> None:
@@ -280,6 +349,18 @@ def test_mode_reaches_inductor(model: nn.Module, plan: Plan, monkeypatch: pytest
     with torch.no_grad():
         logits(fast, 12)
     assert seen[0]["max_autotune"] is True and seen[0]["epilogue_fusion"] is False
+
+
+def test_explain_looks_for_the_sites_of_the_plan(model: nn.Module) -> None:
+    """With gate and up apart, and without an excluded linear that would be stacked with others."""
+    plan = rana_compile.calibrate(model, tokens(4), 0.6, recipe="rana", exclude="k_proj", progress=False)
+    told = rana_compile.explain(model, tokens(1)[0], options={"plan": plan}, use_cache=False)
+    assert {o.site for o in told.sites} == {s.site for s in plan.sites}
+    families = {s.site: s.family for s in plan.sites}
+    assert all((o.action == "dense") == (families[o.site] == "dense") for o in told.sites)
+    assert [(s.name, s.reason) for s in told.skipped if "k_proj" in s.name] == [
+        ("model.layers.0.self_attn.k_proj.weight", "excluded by k_proj")
+    ]
 
 
 def test_explain_tells_what_and_why_without_compiling(model: nn.Module, plan: Plan) -> None:

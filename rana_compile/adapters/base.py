@@ -54,6 +54,9 @@ class Family(Protocol):
     def pack(self, site: Site, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
         """Contiguous layouts, in the weights' dtype, for ``decode``."""
 
+    def unpacked(self, site: Site, packed: Tensors) -> Sequence[Tensor]:
+        """The weights [d_out_i, d_in] as views of the layouts; none where the layouts do not hold them."""
+
     def decode(self, site: Site, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
         """The same through the masked kernels, for few rows: x [..., d_in] -> [..., d_out] (stacked)."""
 

@@ -64,6 +64,9 @@ class Gated:
             "up_weight": weights[1].contiguous(),
         }
 
+    def unpacked(self, site: Site, packed: Tensors) -> Sequence[Tensor]:
+        return packed["gate_weight_t"].t(), packed["up_weight"]
+
     def decode(self, site: Site, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
         return torch.ops.rana.gated_up(
             x,

@@ -41,6 +41,9 @@ class Neuron:
         weight_t = stack(weights).t().contiguous()  # [d_in, d_out]
         return {"threshold": tensors["threshold"], "probe": tensors["probe"], "weight_t": weight_t}
 
+    def unpacked(self, site: Site, packed: Tensors) -> Sequence[Tensor]:
+        return packed["weight_t"].t().split(list(site.d_outs))
+
     def decode(self, site: Site, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
         threshold = row_thresholds(x, packed["threshold"], packed["probe"])
         return torch.ops.rana.masked_linear(x, threshold, packed["weight_t"], bias, list(site.d_outs))

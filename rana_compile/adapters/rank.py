@@ -45,6 +45,9 @@ class Rank:
             "weight_t": tensors["output_basis"].to(dtype).t().contiguous(),  # [r, d_out]
         }
 
+    def unpacked(self, site: Site, packed: Tensors) -> Sequence[Tensor]:
+        return ()
+
     def decode(self, site: Site, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
         return torch.ops.rana.rank_linear(x, packed["basis"], packed["threshold"], packed["weight_t"], bias)
 

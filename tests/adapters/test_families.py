@@ -99,6 +99,17 @@ def test_kernels_compute_the_plain_form(family: str, dtype: torch.dtype) -> None
     torch.testing.assert_close(fast, plain, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_can_be_had_from_the_layouts_that_hold_them(family: str) -> None:
+    weights, _ = weights_of(family)
+    packed = FAMILIES[family].pack(SITES[family], weights, stored(family, weights, 0.7))
+    views = FAMILIES[family].unpacked(SITES[family], packed)
+    storages = {t.untyped_storage().data_ptr() for t in packed.values()}
+    assert len(views) == (len(weights) if family in ("neuron", "gated") else 0)
+    for view, weight in zip(views, weights, strict=False):
+        assert torch.equal(view, weight) and view.untyped_storage().data_ptr() in storages
+
+
 @pytest.mark.parametrize("family", ["neuron", "rank", "gated"])
 def test_nothing_dropped_is_dense(family: str) -> None:
     weights, biases = weights_of(family)
