@@ -60,7 +60,7 @@ ADAPTED = """
 %12 = rana_neuron(%11, [down.weight], [None], {threshold: rana_linear_5_threshold})
 %13 = getitem(%12, 0)
 %14 = output([%13])
-"""  # noqa: E501
+"""
 DECODE = """
 %0 = stack_biases([q.weight, k.weight], [q.bias, None])
 %1 = rana_neuron_decode(x, {threshold: rana_linear_threshold, weight_t: rana_linear_weight_t}, %0)
@@ -79,7 +79,7 @@ DECODE = """
 %14 = mul(%13, %12)
 %15 = rana_neuron_decode(%14, {threshold: rana_linear_5_threshold, weight_t: rana_linear_5_weight_t}, None)
 %16 = output([%15])
-"""  # noqa: E501
+"""
 
 
 def golden(text: str) -> list[str]:
