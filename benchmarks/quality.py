@@ -10,6 +10,7 @@ Nothing is fine-tuned. Prints one table for each budget, writes quality.csv and 
 import argparse
 import csv
 import html
+import math
 import re
 import resource
 import sys
@@ -25,7 +26,9 @@ from rich.table import Table
 from rivals import Teal, cats, global_without_correction, svd, uniform_loss, uniform_token, wina
 from torch import Tensor, nn
 
+import rana_compile
 from rana_compile import ConfigError, Plan
+from rana_compile.adapters import FAMILIES
 from rana_compile.calibration import Session, calibration
 from rana_compile.correction import Target
 from rana_compile.flops import total_dense_flops
@@ -35,16 +38,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from inputs import load_smollm2, pydoc_topics, sample_windows
 
 NOT_REFITTED = "the same, thresholds not refitted"
+SLOPE = 0.4  # about what the share of FLOPs falls by where thresholds grow by a factor e
 console = Console(width=150)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one budget. Increases are nats per token over the dense model on the same tokens."""
+    """One method at one budget. Increases are nats per token over the dense model on the same tokens.
+
+    With --equal-cost every method realises what was asked, on each domain: all of its thresholds times one factor.
+    """
 
     method: str
     asked: float
-    kept: float  # of the included linears' FLOPs, realised on the calibrated domain's held-out text
+    kept: float  # of the included linears' FLOPs, realised on the calibrated domain's held-out text as scored
     kept_other: float
     increase: float
     increase_other: float
@@ -68,7 +75,10 @@ def main() -> None:
     fit_on, held_out = pydoc_topics(tokenizer, settings.length, windows, settings.windows)
     other = sample_windows(tokenizer, [text_of(settings.other)], settings.length, settings.windows)
     fit_on, held_out, other = (with_bos(tokenizer, w).to(settings.device) for w in (fit_on, held_out, other))
-    reference = Reference(model, tokenizer, held_out, other, settings.generated)
+    if settings.own_tokens:
+        fit_on = torch.cat([fit_on, *rana_compile.own_text(model, settings.own_tokens, settings.length)])
+        fit_on = fit_on[torch.randperm(len(fit_on), generator=torch.Generator().manual_seed(0)).to(fit_on.device)]
+    reference = Reference(model, tokenizer, held_out, other, settings.generated, settings.equal_cost)
     rows = []
     for name, recipe, asked, session in methods(model, fit_on, settings):
         begin = time.perf_counter()
@@ -114,6 +124,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--calibration-tokens", type=int, default=8192)
+    parser.add_argument("--own-tokens", type=int, default=0, help="calibrate on as many of the model's own text too")
+    parser.add_argument("--equal-cost", action="store_true", help="scale thresholds to the asked cost on each domain")
     parser.add_argument("--windows", type=int, default=12, help="held-out windows of each domain")
     parser.add_argument("--generated", type=int, default=256, help="tokens of the greedy continuation")
     parser.add_argument("--tables", type=Path, nargs="+", help="measure nothing: tables and plot of these quality.csv")
@@ -181,8 +193,10 @@ def methods(
 class Reference:
     """The dense model's answers on both domains, and its greedy continuation of held-out text."""
 
-    def __init__(self, model: Any, tokenizer: Any, held_out: Tensor, other: Tensor, generated: int) -> None:
-        self.model, self.domains = model, (held_out, other)
+    def __init__(
+        self, model: Any, tokenizer: Any, held_out: Tensor, other: Tensor, generated: int, equal_cost: bool
+    ) -> None:
+        self.model, self.domains, self.equal_cost = model, (held_out, other), equal_cost
         self.dense = [[model(input_ids=w[None], use_cache=False).logits[0].half() for w in d] for d in self.domains]
         self.prompt = held_out[0, :32]
         self.continued = model.generate(
@@ -199,19 +213,29 @@ class Reference:
         kept, increases, divergences = [], [], []
         for windows, dense in zip(self.domains, self.dense, strict=True):
             increase = divergence = 0.0
-            handler = Adapted({s.site: (s.family, s.tensors) for s in plan.adapted})
+            factor = self._factor(asked, plan, windows, session) if self.equal_cost else 1.0
+            handler = handler_of(plan, factor)
             for window, p in zip(windows, dense, strict=True):
                 q = self._logits(session, handler, window).log_softmax(-1)
                 p = p.float().log_softmax(-1)
                 increase += float((p - q)[:-1].gather(1, window[1:, None]).mean())
                 divergence += float((p.exp() * (p - q)).sum(-1).mean())
-            sites = [s.site for s in plan.sites]
-            kept.append(sum(map(handler.flops, sites)) / total_dense_flops(sites))
+            kept.append(kept_of(plan, handler))
             increases.append(increase / len(windows))
             divergences.append(divergence / len(windows))
-        greedy = self._agreement(session, handler)
+        greedy = self._agreement(session, handler_of(plan))
         predicted = sum(site.error for site in plan.sites)
         return Row(name, asked, *kept, *increases, *divergences, greedy, predicted, seconds, *self.loss)  # type: ignore[call-arg]
+
+    def _factor(self, asked: float, plan: Plan, windows: Tensor, session: Session) -> float:
+        """Of the thresholds, so that these windows cost what was asked."""
+        logarithm = 0.0
+        for _ in range(3):
+            handler = handler_of(plan, math.exp(logarithm))
+            for window in windows[::2]:
+                self._logits(session, handler, window)
+            logarithm += (kept_of(plan, handler) - asked) / SLOPE
+        return math.exp(logarithm)
 
     def _logits(self, session: Session, handler: Adapted, ids: Tensor) -> Tensor:
         """[length, vocabulary]: one forward pass without a cache, masks on for every token."""
@@ -222,6 +246,23 @@ class Reference:
         choices = self._logits(session, handler, self.continued[0, :-1]).argmax(-1)
         start = len(self.prompt) - 1
         return float((choices[start:] == self.continued[0, start + 1 :]).float().mean())
+
+
+def handler_of(plan: Plan, factor: float = 1.0) -> Adapted:
+    """The plan's adapters, all thresholds times a factor."""
+    adapters = {}
+    for s in plan.adapted:
+        family, tensors = FAMILIES[s.family], s.tensors
+        for i in range(len(s.live)):
+            tensors = family.scaled(tensors, i, factor)
+        adapters[s.site] = (s.family, tensors)
+    return Adapted(adapters)
+
+
+def kept_of(plan: Plan, handler: Adapted) -> float:
+    """Share of the sites' FLOPs that a handler computed so far."""
+    sites = [s.site for s in plan.sites]
+    return sum(map(handler.flops, sites)) / total_dense_flops(sites)
 
 
 def print_table(rows: list[Row], asked: float) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rana_compile.evaluation import measure_cost as measure_cost
     from rana_compile.outlook import explain as explain
     from rana_compile.plan import Plan as Plan
+    from rana_compile.sampling import own_text as own_text
     from rana_compile.self_calibration import plan_of as plan_of
     from rana_compile.types import ConfigError as ConfigError
     from rana_compile.types import PlanError as PlanError
@@ -24,6 +25,7 @@ _WHERE = {
     "measure_cost": "evaluation",
     "adapted": "evaluation",
     "explain": "outlook",
+    "own_text": "sampling",
     "plan_of": "self_calibration",
     "ConfigError": "types",
     "PlanError": "types",
@@ -38,6 +40,7 @@ __all__ = [
     "calibrate",
     "explain",
     "measure_cost",
+    "own_text",
     "plan_of",
 ]
 __version__ = "0.1.0"

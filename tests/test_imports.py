@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports only from its own row or from rows above it. A new module needs a place here.
 LAYERS = (
-    {"types", "config", "flops", "progress", "data"},
+    {"types", "config", "flops", "progress", "data", "sampling"},
     {"kernels"},
     {"adapters", "allocation", "statistics", "objective", "fitting", "recipes", "plan", "probe", "report", "binding"},
     {"passes"},
