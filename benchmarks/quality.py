@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from rivals import Teal, cats, global_without_correction, svd, uniform_loss, uniform_token, wina
+from rivals import Teal, cats, global_without_correction, rank, svd, uniform_loss, uniform_token, wina
 from torch import Tensor, nn
 
 import rana_compile
@@ -120,6 +120,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.85, 0.7, 0.6, 0.56, 0.5])
     parser.add_argument("--methods", nargs="+", help="only these rows")
     parser.add_argument("--ablation", action="store_true", help="what each ingredient brings, instead of the rivals")
+    parser.add_argument("--include", nargs="*", help="adapt only these (glob patterns over parameter names)")
     parser.add_argument("--exclude", nargs="*", default=["lm_head"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
@@ -169,7 +170,9 @@ def methods(
 ) -> Iterator[tuple[str, Any, float, Session]]:
     """(name, recipe, budget, session to fit in) for every row; what all share is recorded once."""
     rivals: dict[str, Any] = {"WINA": wina, "TEAL": Teal(model, fit_on[:1, :256]), "CATS": cats, "SVD": svd}
-    ours: dict[str, Any] = {"ours": "auto"}
+    ours: dict[str, Any] = {"ours, own text too" if settings.own_tokens else "ours": "auto"}
+    if settings.include:
+        rivals = {"WINA": wina, "RaNA's rank adapter": rank}
     if settings.ablation:
         rivals = {
             "uniform, |x|·‖W col‖": wina,
@@ -178,13 +181,14 @@ def methods(
             "and global": global_without_correction,
         }
         ours = {"and corrected": "neuron", "and all families": "auto", NOT_REFITTED: "auto"}
-    papers: dict[str, Any] = {} if settings.ablation else {"RaNA": "rana"}
+    papers: dict[str, Any] = {} if settings.ablation or settings.include else {"RaNA": "rana"}
     for recipes, separate in ((rivals | ours, False), (papers, True)):
         wanted = {name: recipe for name, recipe in recipes.items() if not settings.methods or name in settings.methods}
         if not wanted:
             continue
         batches = fit_on.split(1)
-        with calibration(model, batches, exclude=settings.exclude, separate_gates=separate, progress=False) as session:
+        patterns = settings.include, settings.exclude
+        with calibration(model, batches, *patterns, separate_gates=separate, progress=False) as session:
             for asked in settings.budgets:
                 for name, recipe in wanted.items():
                     yield name, recipe, asked, session

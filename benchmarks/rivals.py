@@ -16,7 +16,7 @@ from rana_compile.adapters.neuron import neuron_tensors
 from rana_compile.allocation import Option
 from rana_compile.fitting import Candidate, Evidence, dense_candidate, gated_at, neuron_at, output_basis_of, quantiles
 from rana_compile.flops import dense_flops
-from rana_compile.recipes import Choice, Mlp, neuron_recipe, solve
+from rana_compile.recipes import Choice, Mlp, best_rank, neuron_recipe, solve
 from rana_compile.types import ConfigError
 
 STEP = 0.01  # of a block's FLOPs that TEAL's greedy search drops at a time
@@ -25,6 +25,11 @@ STEP = 0.01  # of a block's FLOPs that TEAL's greedy search drops at a time
 def wina(evidence: Sequence[Evidence], mlps: Sequence[Mlp], share: float) -> Choice:
     """WINA: abs(x_j)·‖W[:,j]‖ in every linear, one ratio for all."""
     return {e.site: neuron_at(e, share, "column") for e in evidence}
+
+
+def rank(evidence: Sequence[Evidence], mlps: Sequence[Mlp], share: float) -> Choice:
+    """RaNA's algorithm 1 at every site, one ratio for all."""
+    return {e.site: best_rank(e, share) for e in evidence}
 
 
 def uniform_loss(evidence: Sequence[Evidence], mlps: Sequence[Mlp], share: float) -> Choice:
