@@ -9,6 +9,7 @@ Models named by shape have random weights: time depends on shapes and densities 
 """
 
 import argparse
+import functools
 import gc
 import statistics
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor
+import torch._inductor.config
 from bandwidth import measured_bandwidth
 from rich.console import Console
 from rich.table import Table
@@ -91,8 +92,14 @@ def parse_arguments() -> argparse.Namespace:
     if settings.mode is None and settings.device.startswith("cuda"):
         settings.mode = "reduce-overhead"
     pairs = [pair.partition("=") for pair in settings.inductor]
-    settings.inductor = {name: int(value) if value.isdigit() else value for name, _, value in pairs}
+    settings.inductor = {name: typed(name, value) for name, _, value in pairs}
     return settings
+
+
+def typed(name: str, value: str) -> Any:
+    """An option's value as Inductor's configuration has it: 0 and 1 may mean a bool."""
+    current = functools.reduce(getattr, name.split("."), torch._inductor.config)
+    return type(current)(int(value)) if isinstance(current, int) else value
 
 
 def load(settings: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Tensor]:

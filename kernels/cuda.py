@@ -84,7 +84,7 @@ def gated_mlp(
         hidden = gated(masked_linear(x, up_threshold, up_weight_t, up_bias, (h, h)), activation)
     else:
         hidden = _masked(x, up_threshold, up_weight_t, up_bias, activation)
-    return _masked(hidden, down_threshold, down_weight_t, down_bias, None)
+    return _masked(hidden, down_threshold.reshape(-1), down_weight_t, down_bias, None)
 
 
 def gated_up(

@@ -76,12 +76,12 @@ def gated_mlp(
     """Both products of a gated MLP masked: x [..., d_in], up_weight_t [d_in, 2h], down_weight_t [h, d_out].
 
     The first h columns of ``up_weight_t`` are the gate's, the others the up projection's; so are the two rows of
-    ``up_threshold`` [2, d_in], or one [d_in] serves both.
+    ``up_threshold`` [2, d_in], or one [d_in] serves both. ``down_threshold`` is [h], or [1, h] as plans store it.
     """
     h = down_weight_t.shape[0]
     parts = (h, h) if up_threshold.dim() == 2 else ()
     hidden = gated(masked_linear(x, up_threshold, up_weight_t, up_bias, parts), activation)
-    return masked_linear(hidden, down_threshold, down_weight_t, down_bias)
+    return masked_linear(hidden, down_threshold.reshape(-1), down_weight_t, down_bias)
 
 
 def gated_up(

@@ -24,7 +24,7 @@ from rana_compile.statistics import Sample
 from rana_compile.types import ConfigError, Site
 
 DENSITIES = tuple(k / 40 for k in range(4, 40))
-RANKS = tuple(k / 8 for k in range(2, 8))
+RANKS = tuple(k / 8 for k in range(2, 9))
 TALL = 2  # outputs per input from which B, read whole for every token, can pay
 QUANTILE_SAMPLE = 100_000
 RANK_ROWS = 2048  # tokens that price rank adapters

@@ -64,15 +64,15 @@ def arguments(
     x = torch.randn(rows, d_in).to(dtype).to(device)
     both = lambda: torch.stack([threshold(d_in, 1.0), threshold(d_in, 0.5)])  # noqa: E731
     rank = lambda: [threshold(inner, 1.0), normal(inner, d_out), maybe(d_out)]  # noqa: E731
-    down = lambda: [threshold(inner, 0.3), normal(inner, d_out), maybe(d_out), "silu"]  # noqa: E731
-    up = lambda levels: [levels, normal(d_in, 2 * inner), maybe(2 * inner), *down()]  # noqa: E731
+    down = lambda: [normal(inner, d_out), maybe(d_out), "silu"]  # noqa: E731
+    up = lambda *levels: [levels[0], normal(d_in, 2 * inner), maybe(2 * inner), levels[1], *down()]  # noqa: E731
     rest: dict[str, Callable[[], list[Any]]] = {
         "linear": lambda: [normal(d_out, d_in), maybe(d_out)],
         "masked_linear": lambda: [threshold(d_in, 1.0), normal(d_in, d_out), maybe(d_out)],
         "masked_linear/parts": lambda: [both(), normal(d_in, d_out), maybe(d_out), [d_out // 3, d_out - d_out // 3]],
         "rank_linear": lambda: [normal(d_in, inner).t().contiguous(), *rank()],
-        "gated_mlp": lambda: up(threshold(d_in, 1.0)),
-        "gated_mlp/parts": lambda: up(both()),
+        "gated_mlp": lambda: up(threshold(d_in, 1.0), threshold(inner, 0.3)),
+        "gated_mlp/parts": lambda: up(both(), threshold(inner, 0.3)[None]),  # as plans store them
         "gated_up": lambda: [
             *(threshold(d_in, 1.0), normal(d_in, inner), threshold(inner, 0.3)),
             *(normal(d_in, inner).t().contiguous(), maybe(2 * inner), "silu"),
