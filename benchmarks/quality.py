@@ -310,10 +310,11 @@ def plot(rows: list[Row], out: Path) -> None:
         for method in dict.fromkeys(r.method for r in rows):
             mine = sorted((r for r in rows if r.method == method), key=lambda r: r.asked)
             axis.plot([getattr(r, kept) for r in mine], [getattr(r, increase) for r in mine], "o-", label=method)
-        axis.set(title=title, xlabel="FLOPs kept, realised", ylim=(0, 0.6))
+        axis.set(title=title, xlabel="FLOPs kept, realised", yscale="log", ylim=(1e-3, 6))
     axes[0].set_ylabel("loss increase, nats per token")
-    axes[0].legend()
+    axes[1].legend(bbox_to_anchor=(1, 1))
     figure.tight_layout()
+    out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "quality.png", dpi=120)
 
 
