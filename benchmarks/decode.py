@@ -12,7 +12,6 @@ import argparse
 import functools
 import gc
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,15 +21,13 @@ from typing import Any
 import torch
 import torch._inductor.config
 from bandwidth import measured_bandwidth
+from inputs import load_smollm2, pydoc_topics
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import rana_compile
 from rana_compile.report import totals
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from inputs import load_smollm2, pydoc_topics
 
 # hidden, intermediate, layers, heads, key/value heads, vocabulary
 SHAPES = {

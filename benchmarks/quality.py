@@ -13,7 +13,6 @@ import html
 import math
 import re
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from inputs import load_smollm2, pydoc_topics, sample_windows
 from rich.console import Console
 from rich.table import Table
 from rivals import Teal, cats, global_without_correction, rank, svd, uniform_loss, uniform_token, wina
@@ -33,9 +33,6 @@ from rana_compile.calibration import Session, calibration
 from rana_compile.correction import Target
 from rana_compile.flops import total_dense_flops
 from rana_compile.passes.record import Adapted
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from inputs import load_smollm2, pydoc_topics, sample_windows
 
 NOT_REFITTED = "the same, thresholds not refitted"
 SLOPE = 0.4  # about what the share of FLOPs falls by where thresholds grow by a factor e
