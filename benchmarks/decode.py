@@ -24,18 +24,12 @@ from bandwidth import measured_bandwidth
 from inputs import load_smollm2, pydoc_topics
 from rich.console import Console
 from rich.table import Table
+from shapes import SHAPES
 from torch import Tensor, nn
 
 import rana_compile
 from rana_compile.report import totals
 
-# hidden, intermediate, layers, heads, key/value heads, vocabulary
-SHAPES = {
-    "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
-    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936),
-    "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
-    "llama-3-8b": (4096, 14336, 32, 32, 8, 128256),
-}
 PROMPT = 16  # tokens before the first decoded one
 console = Console(width=140)
 
@@ -107,14 +101,14 @@ def load(settings: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Tensor]
         return model.to(settings.device), pydoc_topics(tokenizer, 512, windows, 1)[0]
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[settings.model]
+    shape = SHAPES[settings.model]
     config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=settings.layers or layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=settings.layers or shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
         max_position_embeddings=2048,
         dtype=dtype,
     )
@@ -123,7 +117,7 @@ def load(settings: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Tensor]
         torch.set_default_dtype(dtype)
         model = LlamaForCausalLM(config).eval()
         torch.set_default_dtype(default)
-    return model, torch.randint(vocabulary, (windows, 512))
+    return model, torch.randint(shape.vocabulary, (windows, 512))
 
 
 def planned(model: nn.Module, windows: Tensor, settings: argparse.Namespace) -> rana_compile.Plan:

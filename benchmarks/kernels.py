@@ -22,17 +22,11 @@ import torch.nn.functional as F
 from bandwidth import measured_bandwidth
 from rich.console import Console
 from rich.table import Table
+from shapes import SHAPES, Shape
 from torch import Tensor
 
 from rana_compile.kernels import ops, reference
 
-# hidden, key/value, intermediate, vocabulary
-SHAPES = {
-    "smollm2-135m": (576, 192, 1536, 49152),
-    "qwen2.5-0.5b": (896, 128, 4864, 151936),
-    "llama-2-7b": (4096, 4096, 11008, 32000),
-    "llama-3-8b": (4096, 1024, 14336, 128256),
-}
 DENSITIES = tuple(i / 10 for i in range(1, 11))
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}  # of gated_mlp: three roundings
 console = Console(width=150)
@@ -121,14 +115,14 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 def cases(
-    shape: tuple[int, int, int, int],
+    shape: Shape,
     rows: int,
     densities: list[float],
     device: torch.device,
     dtype: torch.dtype,
     quick: bool,
 ) -> Iterator[Case]:
-    hidden, kv, inner, vocabulary = shape
+    hidden, kv, inner, vocabulary = shape.hidden, shape.kv, shape.intermediate, shape.vocabulary
     outputs = {(hidden, hidden), (hidden, hidden + 2 * kv), (hidden, inner), (hidden, kv), (inner, hidden)}
     x = {d: torch.randn(rows, d, device=device, dtype=dtype) for d in (hidden, inner)}
     for d, d_out in sorted(outputs) + ([] if quick else [(hidden, vocabulary)]):
