@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rana_compile.calibration import calibrate as calibrate
     from rana_compile.evaluation import adapted as adapted
     from rana_compile.evaluation import measure_cost as measure_cost
+    from rana_compile.observation import observe as observe
     from rana_compile.outlook import explain as explain
     from rana_compile.plan import Plan as Plan
     from rana_compile.self_calibration import plan_of as plan_of
@@ -24,6 +25,7 @@ _WHERE = {
     "measure_cost": "evaluation",
     "adapted": "evaluation",
     "explain": "outlook",
+    "observe": "observation",
     "plan_of": "self_calibration",
     "ConfigError": "types",
     "PlanError": "types",
@@ -38,6 +40,7 @@ __all__ = [
     "calibrate",
     "explain",
     "measure_cost",
+    "observe",
     "plan_of",
 ]
 __version__ = "0.1.0"

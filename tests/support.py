@@ -50,3 +50,13 @@ def plan_of(module: nn.Module, *entries: tuple[Site, str, Tensors]) -> Plan:
     parameters = dict(module.named_parameters(remove_duplicate=False))
     sites = [site_plan(s, family, t, [parameters[name] for name in s.weights]) for s, family, t in entries]
     return Plan(tuple(sites), (), flops_asked=0.5, model_flops=1.0)
+
+
+def run_cli(*arguments: object) -> int:
+    """The exit status of ``rana-compile`` with these arguments."""
+    from rana_compile.cli import main
+
+    try:
+        return main([str(a) for a in arguments])
+    except SystemExit as stop:  # argparse's own way out
+        return int(stop.code or 0)
