@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rana_compile.calibration import calibrate as calibrate
     from rana_compile.evaluation import adapted as adapted
     from rana_compile.evaluation import measure_cost as measure_cost
+    from rana_compile.exporting import Exportable as Exportable
     from rana_compile.observation import observe as observe
     from rana_compile.outlook import explain as explain
     from rana_compile.plan import Plan as Plan
@@ -25,6 +26,7 @@ _WHERE = {
     "measure_cost": "evaluation",
     "adapted": "evaluation",
     "explain": "outlook",
+    "Exportable": "exporting",
     "observe": "observation",
     "plan_of": "self_calibration",
     "ConfigError": "types",
@@ -33,6 +35,7 @@ _WHERE = {
 }
 __all__ = [
     "ConfigError",
+    "Exportable",
     "Plan",
     "PlanError",
     "RanaError",

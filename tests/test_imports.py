@@ -27,6 +27,7 @@ LAYERS = (
         "binding",
         "picture",
         "page",
+        "exporting",
     },
     {"passes"},
     {"correction", "checkpoint"},
