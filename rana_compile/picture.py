@@ -47,18 +47,19 @@ def quality_plot(points: Sequence[Point], kept: float) -> str:
     """Loss increase against realised cost: a line for each method, dense, and where this plan is."""
     with _figure(1, 1, 7.6, 3.7) as (figure, axes):
         axis = axes[0][0]
+        reached = [p.increase for p in points if p.method in OURS] or [p.increase for p in points]
+        top = max(min(max(p.increase for p in points), 3 * max(reached)), 1e-6)
         methods = sorted(dict.fromkeys(p.method for p in points), key=lambda name: name not in OURS)
         for i, method in enumerate(methods):
             mine = sorted((p for p in points if p.method == method), key=lambda p: p.kept)
             style = {"linewidth": 2.4, "zorder": 5} if method in OURS else {"linewidth": 1.3}
             colour = _COLOURS[f"series-{i % 8}"]
-            axis.plot([100 * p.kept for p in mine], [p.increase for p in mine], "o-", color=colour, label=method,
+            label = method if min(p.increase for p in mine) < top else f"{method} (above)"
+            axis.plot([100 * p.kept for p in mine], [p.increase for p in mine], "o-", color=colour, label=label,
                       markersize=4.5, **style)  # fmt: skip
         axis.plot([100], [0], "D", color=_COLOURS["ink"], label="dense", zorder=6)
         axis.axvline(100 * kept, color=_COLOURS["muted"], linewidth=1, linestyle=(0, (4, 3)), label="this plan's cost")
-        reached = [p.increase for p in points if p.method in OURS] or [p.increase for p in points]
-        top = min(max(p.increase for p in points), 3 * max(reached))
-        axis.set_ylim(min(0.0, *(p.increase for p in points)) - 0.04 * top, 1.08 * max(top, 1e-6))
+        axis.set_ylim(min(0.0, *(p.increase for p in points)) - 0.04 * top, 1.08 * top)
         axis.set(xlabel="FLOPs kept, % of the included linears, realised", ylabel="loss increase, nats per token")
         axis.legend()
         return _svg(figure, "Loss increase against the share of FLOPs kept")
@@ -71,9 +72,9 @@ def layers_plot(means: Mapping[str, Mapping[int, float]], live: Mapping[str, Map
         means: {kind: {layer: share}}.
         live: the same with ``QUANTILES`` in the place of the mean, or nothing.
     """
-    columns = min(3, len(means))
+    columns = 2 if len(means) == 4 else min(3, len(means))
     rows = -(-len(means) // columns)
-    with _figure(rows, columns, 2.75 * columns + 0.5, 2.0 * rows + 0.5, sharey=True) as (figure, axes):
+    with _figure(rows, columns, 8.6 / max(columns, 2) * columns, 2.0 * rows + 0.5, sharey=True) as (figure, axes):
         flat = [axis for row in axes for axis in row]
         for axis, (kind, by_layer) in zip(flat, means.items(), strict=False):
             colour = _COLOURS["series-0"]

@@ -5,6 +5,7 @@ Exit status: 0 done; 1 done, but a check that was asked for failed; 2 the input 
 done; 130 interrupted. A command is a module of this package with ``run(settings, screen) -> int``, imported when asked.
 """
 
+import os
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -17,6 +18,7 @@ DONE, CHECK_FAILED, BAD_INPUT, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status."""
     settings = parser().parse_args(arguments)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when it is imported: one bar is enough, and it is ours
     from rana_compile.cli.screen import Screen
 
     screen = Screen(settings.json, settings.quiet)

@@ -75,13 +75,12 @@ def run(settings: argparse.Namespace, screen: Screen) -> int:
         for _ in range(settings.rounds):
             pairs.append(tuple(generated(which, prompt, tokenizer, tokens)[0] for which in (model, other)))
             step()
-    agreement = _agreement(copy.copy(other), plan, ids, prompt["input_ids"].shape[1])
+    agreement = _agreement(other, plan, ids, prompt["input_ids"].shape[1])
     return _told(settings, screen, pairs, agreement, tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _agreement(model: Any, plan: Plan, ids: Tensor, start: int) -> float:
     """Of the tokens that the compiled model chose, the share that the plain formulas choose in their places."""
-    model._compiled_call_impl = None  # the same weights, as they were before ``compile``
     with adapted(model, plan) as plain:
         choices = logits_of(plain, ids[:-1]).argmax(-1)
     return float((choices[start - 1 :] == ids[start:]).float().mean())

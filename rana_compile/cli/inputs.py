@@ -1,7 +1,6 @@
 """The inputs that commands share: a model with its tokenizer, windows of text."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from rana_compile.types import ConfigError
 
 def load(settings: argparse.Namespace, screen: Screen) -> tuple[Any, Any]:
     """(model, tokenizer) as the command line names them."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # a spinner turns already
     from transformers.utils import logging
 
     logging.set_verbosity_error()
