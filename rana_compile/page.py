@@ -156,7 +156,7 @@ def _cell(entry: "SitePlan", shade: float) -> str:
 
 
 def _layers(grid: Grid, observed: Observed | None) -> str:
-    rows = {kind: row for kind, row in grid.items() if None not in row and len(row) > 1}
+    rows = {kind: row for kind, row in grid.items() if None not in row}
     if not rows:
         return ""
     means = {kind: {n: e.flops_kept for n, e in row.items() if n is not None} for kind, row in rows.items()}

@@ -24,7 +24,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def plan(model: nn.Module) -> Plan:
-    return rana_compile.calibrate(model, tokens(6), 0.6, "auto", exclude=["o_proj"], progress=False)
+    return rana_compile.calibrate(model, tokens(4), 0.6, "auto", exclude=["o_proj"], progress=False)
 
 
 @pytest.fixture(scope="module")

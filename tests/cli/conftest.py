@@ -15,7 +15,7 @@ SMALL = ("--length", "32", "--tokens", "256")
 @pytest.fixture(scope="session")
 def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    model, _ = build("Llama")
+    model, _ = build("Llama", layers=1)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder

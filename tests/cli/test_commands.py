@@ -78,7 +78,7 @@ def test_explain_lists_sites(model_directory: Path, plan: Path, document: Any) -
 @pytest.mark.parametrize(("rows", "kind"), [(1, "_decode"), (5, "rana_neuron")])
 def test_graph_before_and_after(model_directory: Path, plan: Path, document: Any, rows: int, kind: str) -> None:
     status, found = document(
-        "explain", model_directory, "--plan", plan, "--graph", "model.layers.1.mlp", "--rows", rows
+        "explain", model_directory, "--plan", plan, "--graph", "model.layers.0.mlp", "--rows", rows
     )
     assert status == 0
     before = [line.partition(" = ")[2].partition("(")[0] for line in found["before"]]
