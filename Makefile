@@ -5,8 +5,9 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 DEMO_ARGS ?=
 TEST_ARGS ?= -n 2
+SCREENSHOT_ARGS ?=
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types docs screenshots clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
@@ -20,6 +21,12 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python docs/reference.py
+
+screenshots: $(STAMP)
+	$(BIN)/python docs/screenshots.py $(SCREENSHOT_ARGS)
 
 # torch comes first: a CUDA build of it pins its own Triton, only for others is Triton constrained here.
 # Of the demo's model only the weights are read: with its dependencies llama.cpp would be compiled.

@@ -32,7 +32,9 @@ from rana_compile.adapters import FAMILIES
 from rana_compile.calibration import Session, calibration
 from rana_compile.correction import Target
 from rana_compile.flops import total_dense_flops
+from rana_compile.loading import load_causal
 from rana_compile.passes.record import Adapted
+from rana_compile.text import with_bos
 
 NOT_REFITTED = "the same, thresholds not refitted"
 SLOPE = 0.4  # about what the share of FLOPs falls by where thresholds grow by a factor e
@@ -137,13 +139,7 @@ def parse_arguments() -> argparse.Namespace:
 def load(name: str) -> tuple[Any, Any]:
     if name == "smollm2":
         return load_smollm2()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    files = list(Path(name).glob("*.gguf"))
-    extra = {"gguf_file": files[0].name} if files else {}
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **extra)
-    own = (Path(name) / "tokenizer.json").exists()
-    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(name, **({} if own else extra))
+    return load_causal(name)
 
 
 def text_of(path: Path) -> str:
@@ -152,14 +148,6 @@ def text_of(path: Path) -> str:
     pages = [p.read_text(encoding="utf-8", errors="ignore") for p in sorted(path.glob("*.html"))]
     bodies = [re.sub(r"(?s)<(script|style).*?</\1>|<[^>]+>", " ", page) for page in pages]
     return "\n\n".join(re.sub(r"\s+", " ", html.unescape(body)) for body in bodies)
-
-
-def with_bos(tokenizer: Any, windows: Tensor) -> Tensor:
-    """A first token, where the tokenizer puts one of its own accord."""
-    ids = tokenizer("a")["input_ids"]
-    if tokenizer.bos_token_id is None or ids[0] != tokenizer.bos_token_id:
-        return windows
-    return torch.cat([torch.full_like(windows[:, :1], ids[0]), windows[:, :-1]], 1)
 
 
 def methods(

@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
 from torch import Tensor, nn
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 import rana_compile
+from rana_compile.cli.bench import generated
 from rana_compile.report import totals
 
 WINDOW = 512  # tokens of a calibration or evaluation window
@@ -156,7 +156,8 @@ def measured_speed(model: Any, plan: rana_compile.Plan, tokenizer: Any, settings
     prompt = tokenizer(settings.prompt, return_tensors="pt")
 
     def run(which: Any) -> tuple[float, str]:
-        return generated(which, prompt, tokenizer, settings.tokens)
+        rate, ids = generated(which, prompt, tokenizer, settings.tokens)
+        return rate, tokenizer.decode(ids, skip_special_tokens=True)
 
     with stage("compiling the dense model with Inductor (about a minute)"):
         run(model)
@@ -179,38 +180,6 @@ def measured_speed(model: Any, plan: rana_compile.Plan, tokenizer: Any, settings
         "weight_mb": tensor_bytes(model.parameters()) / MB,
         "added_mb": added / MB,
     }
-
-
-class TokenClock(BaseStreamer):
-    """Notes when each token is out; the first call of ``put`` brings the prompt."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-    @property
-    def decoded_per_second(self) -> float:
-        """Prefill, which ends with the first new token, does not count."""
-        return (len(self.times) - 2) / (self.times[-1] - self.times[1])
-
-
-def generated(model: Any, prompt: Any, tokenizer: Any, tokens: int) -> tuple[float, str]:
-    clock = TokenClock()
-    ids = model.generate(
-        **prompt,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        do_sample=False,
-        cache_implementation="static",
-        pad_token_id=tokenizer.eos_token_id,
-        streamer=clock,
-    )
-    return clock.decoded_per_second, tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
 def tensor_bytes(tensors: Any) -> int:

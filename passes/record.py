@@ -39,13 +39,13 @@ class Recorder:
     def __init__(self, capacity: Callable[[], int], seed: int) -> None:
         self.basis_rows = False
         self.samples: dict[Site, Sample] = {}
-        self._moments: dict[Site, tuple[Tensor, int]] = {}
+        self.moments: dict[Site, tuple[Tensor, int]] = {}
         self._capacity = capacity
         self._seed = seed
 
     def moment(self, site: Site) -> Tensor | None:
         """E[x xᵀ] [d_in, d_in] over the rows that bases are fitted on, or None if there were none."""
-        total, rows = self._moments.get(site, (None, 0))
+        total, rows = self.moments.get(site, (None, 0))
         return None if total is None else total / rows
 
     def __call__(
@@ -57,9 +57,9 @@ class Recorder:
             )
         if self.basis_rows:
             rows = flat_rows(x).detach().float()
-            total, seen = self._moments.get(site, (torch.zeros((), device=x.device), 0))
+            total, seen = self.moments.get(site, (torch.zeros((), device=x.device), 0))
             with torch.autocast(x.device.type, enabled=False):
-                self._moments[site] = (total + rows.t() @ rows, seen + len(rows))
+                self.moments[site] = (total + rows.t() @ rows, seen + len(rows))
         if site not in self.samples:
             self.samples[site] = Sample(self._capacity(), len(weights), self._seed)
         sample = self.samples[site]
@@ -117,9 +117,13 @@ class Adapted:
             if site in self._targets:
                 factor = self._rescaled(site, i, z / threshold)
                 tensors, threshold = family.scaled(tensors, i, factor), threshold * factor
-            self._live[site][i] += z.numel() - int((z < threshold).count_nonzero())
+            self._live[site][i] += self.count(site, i, z < threshold)
         self._rows[site] += x.numel() // x.shape[-1]
         return family.forward(site, x, weights, biases, tensors)
+
+    def count(self, site: Site, index: int, dead: Tensor) -> int:
+        """Coordinates that survive one mask; ``dead`` [rows, n] says which do not."""
+        return dead.numel() - int(dead.count_nonzero())
 
     def _rescaled(self, site: Site, index: int, ratio: Tensor) -> float:
         histogram = self._histograms[site][index]

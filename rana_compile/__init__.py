@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from rana_compile.calibration import calibrate as calibrate
     from rana_compile.evaluation import adapted as adapted
     from rana_compile.evaluation import measure_cost as measure_cost
+    from rana_compile.exporting import Exportable as Exportable
+    from rana_compile.observation import observe as observe
     from rana_compile.outlook import explain as explain
     from rana_compile.plan import Plan as Plan
     from rana_compile.sampling import own_text as own_text
@@ -25,6 +27,8 @@ _WHERE = {
     "measure_cost": "evaluation",
     "adapted": "evaluation",
     "explain": "outlook",
+    "Exportable": "exporting",
+    "observe": "observation",
     "own_text": "sampling",
     "plan_of": "self_calibration",
     "ConfigError": "types",
@@ -33,6 +37,7 @@ _WHERE = {
 }
 __all__ = [
     "ConfigError",
+    "Exportable",
     "Plan",
     "PlanError",
     "RanaError",
@@ -40,6 +45,7 @@ __all__ = [
     "calibrate",
     "explain",
     "measure_cost",
+    "observe",
     "own_text",
     "plan_of",
 ]

@@ -93,7 +93,18 @@ def adapt_graph(
         refresh.append((bound, places))
     masked = sum(low.decode and low.family != "dense" for low in lowerings)
     log.info("adapted %d of %d sites in a graph, %d through masked kernels", len(refresh), len(matches), masked)
-    return (rewrite(gm, fuse_gated_mlps(lowerings)) if lowerings else copy_dynamo_graph(gm)[0]), refresh
+    adapted = rewrite(gm, fuse_gated_mlps(lowerings)) if lowerings else copy_dynamo_graph(gm)[0]
+    _trace(adapted)
+    return adapted, refresh
+
+
+def _trace(gm: fx.GraphModule) -> None:
+    """For TORCH_TRACE, beside the graphs that Dynamo and Inductor leave there."""
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "rana_adapted_graph", "encoding": "string"},
+        payload_fn=lambda: gm.print_readable(print_output=False),
+    )
 
 
 def _unambiguous(

@@ -7,12 +7,14 @@ streamed; per site only a bounded sample of rows (and second moments for bases) 
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rana_compile.adapters import Tensors
+from rana_compile.checkpoint import Checkpoint, fingerprint
 from rana_compile.correction import MAX_REFITS, Fitted, Fitter, Problem, Target, thinned
 from rana_compile.data import Batch, as_batches, rows_of
 from rana_compile.fitting import Evidence
@@ -21,7 +23,7 @@ from rana_compile.objective import summed_loss
 from rana_compile.passes.interpret import Capture, Handler, capturing, undisturbed
 from rana_compile.passes.match import Found
 from rana_compile.passes.mlp import hidden_function
-from rana_compile.passes.record import Recorder
+from rana_compile.passes.record import Recorder, dense_handler
 from rana_compile.plan import Plan, SitePlan, weight_hash
 from rana_compile.progress import Progress
 from rana_compile.recipes import DIRECT, GLOBAL, RECIPES, SEPARATE_GATES, Measure, Mlp, Recipe
@@ -45,6 +47,7 @@ def calibrate(
     *,
     bytes_budget: float | None = None,
     max_loss_increase: float | None = None,
+    checkpoint: str | PathLike[str] | None = None,
 ) -> Plan:
     """Fit adapters to ``model`` on calibration data, under one budget for all included sites.
 
@@ -63,6 +66,8 @@ def calibrate(
         max_loss_increase: instead, the quality to keep: the cheapest plan whose divergence from the dense model on
             held-back batches (KL, nats per token: the loss it adds to text the model itself would write) stays
             below this.
+        checkpoint: a file for what was recorded so far. A killed calibration of the same model, data and settings
+            goes on from it and gives the same plan; it is removed when the plan is there.
 
     Returns:
         The plan, its realised cost and losses measured on held-back batches.
@@ -74,7 +79,7 @@ def calibrate(
     target = Target.of(flops_budget, bytes_budget, max_loss_increase)
     check_recipe(recipe, target)
     separate = isinstance(recipe, str) and recipe in SEPARATE_GATES
-    with calibration(model, batches, include, exclude, seed, progress, separate) as session:
+    with calibration(model, batches, include, exclude, seed, progress, separate, checkpoint=checkpoint) as session:
         return session.fit(target, recipe)
 
 
@@ -87,10 +92,13 @@ def calibration(
     seed: int = 0,
     progress: bool = True,
     separate_gates: bool = False,
+    fits: int = 1,
+    checkpoint: "str | PathLike[str] | Checkpoint | None" = None,
 ) -> Iterator["Session"]:
     """A session whose ``fit`` may be called for many budgets and recipes on what was recorded once.
 
-    Arguments and errors as of ``calibrate``; ``separate_gates`` is what recipe ``rana`` needs.
+    Arguments and errors as of ``calibrate``; ``separate_gates`` is what recipe ``rana`` needs, ``fits`` how many fits
+    the progress bar counts on. The checkpoint is removed when the block ends well.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     keep = parameter_filter(include, exclude, list(parameters))
@@ -98,8 +106,12 @@ def calibration(
     data = as_batches(batches, device)
     _check_vocabulary(model, data)
     with undisturbed(model), capturing(model, keep, separate_gates) as (run, capture):
-        with Progress(progress, 3 * len(data)) as bar:
-            yield Session(parameters, run, capture, bar, seed, *split_held_back(data))
+        with Progress(progress, (1 + 2 * fits) * len(data)) as bar:
+            kept = Checkpoint(checkpoint) if isinstance(checkpoint, str | PathLike) else checkpoint
+            settings = (separate_gates, [keep(name) for name in parameters])
+            yield Session(parameters, run, capture, bar, seed, *split_held_back(data), kept, settings)
+            if kept is not None:
+                kept.remove()
 
 
 def fit_recorded(
@@ -183,8 +195,11 @@ class Session:
         seed: int,
         fitting: Sequence[Batch],
         held_back: Sequence[Batch],
+        checkpoint: Checkpoint | None = None,
+        settings: Sequence[Any] = (),
     ) -> None:
         self.parameters = parameters
+        self._checkpoint, self._settings = checkpoint, settings
         self.run, self.capture, self.bar, self.seed = run, capture, bar, seed
         self.fitting, self.held_back = fitting, held_back
         self._recorder: Recorder | None = None
@@ -230,12 +245,15 @@ class Session:
         rows = sum(map(rows_of, batches))
         recorder = Recorder(lambda: self._capacity(rows), self.seed)
         generator = torch.Generator().manual_seed(self.seed)
-        for i, batch in enumerate(batches):
+        done = self._recorded_before(batches, recorder, generator)
+        for i, batch in enumerate(batches[done:], done):
             self.bar.say("recording inputs and gradients")
             recorder.basis_rows = i % 2 == 1
             output = self.run_with(recorder, batch)
             if recorder.samples:
                 summed_loss(output, generator).backward()
+            if self._checkpoint is not None:
+                self._checkpoint.keep(i + 1, recorder, generator, last=i + 1 == len(batches))
             self.bar.step()
         if not recorder.samples:
             reasons = "; ".join(f"{s.name}: {s.reason}" for f in self.capture.found for s in f.skipped[:3])
@@ -248,6 +266,18 @@ class Session:
             )
         self._recorder = recorder
         return recorder
+
+    def _recorded_before(self, batches: Sequence[Batch], recorder: Recorder, generator: torch.Generator) -> int:
+        """How many batches the checkpoint holds, which are in the recorder then."""
+        if self._checkpoint is None:
+            return 0
+        limits = (RECORD_TOKENS, SAMPLE_BYTES, MAX_SAMPLE_ROWS, self.seed, torch.__version__)
+        whose = fingerprint(self.parameters, batches, (*limits, *self._settings))
+        done = self._checkpoint.restore(whose, recorder, generator)
+        if done:
+            self.bar.step(done)
+            self.run_with(dense_handler, batches[0])  # the graph is captured, and its sites found
+        return done
 
     def _capacity(self, rows: int) -> int:
         """Rows per site that keep all samples within SAMPLE_BYTES."""

@@ -16,7 +16,8 @@ class BackendOptions:
     """Options of ``torch.compile(model, backend="rana", options={...})``.
 
     Attributes:
-        plan: a ``Plan`` or the path of a saved one. None: the backend calibrates itself on the first calls' inputs.
+        plan: a ``Plan``, the path of a saved one or a directory that holds one. None: the backend calibrates itself on
+            the first calls' inputs.
         prefill: ``"adapted"`` computes every token with its masks, so that a forward pass over text
             measures what decode computes; ``"dense"`` leaves graphs of more than one row dense.
         include, exclude: glob patterns over parameter names, as ``calibrate`` takes them.

@@ -44,14 +44,24 @@ def adapted(model: torch.nn.Module, plan: Plan | str | PathLike[str]) -> Iterato
     Raises PlanError if the plan cannot be read or belongs to other weights.
     """
     chosen = Plan.of(plan)
-    chosen.check(model)
     handler = Adapted({s.site: (s.family, s.tensors) for s in chosen.adapted})
-    names = {name for s in chosen.sites for name in s.site.weights}
-    separate = any(s.site.kind == "gate" for s in chosen.sites)
+    with running(model, chosen, handler) as run:
+        yield AdaptedModel(chosen, run, handler)
+
+
+@contextmanager
+def running(model: torch.nn.Module, plan: Plan, handler: Adapted) -> Iterator[Callable[..., Any]]:
+    """Yields the model as a callable with the plan's sites in the handler's hands, run eagerly.
+
+    Raises PlanError if the plan belongs to other weights.
+    """
+    plan.check(model)
+    names = {name for s in plan.sites for name in s.site.weights}
+    separate = any(s.site.kind == "gate" for s in plan.sites)
     eligible = lambda name: None if name in names else "not in the plan"  # noqa: E731
     with undisturbed(model), capturing(model, eligible, separate) as (run, capture):
         capture.handler = handler
-        yield AdaptedModel(chosen, run, handler)
+        yield run
 
 
 def measure_cost(model: torch.nn.Module, plan: Plan | str | PathLike[str], batches: Iterable[Any]) -> float:

@@ -6,21 +6,25 @@ Bound to a model by parameter names, shapes and a hash of the weights; nothing i
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rana_compile.adapters import FAMILIES, Tensors
+from rana_compile.files import replacing
 from rana_compile.flops import dense_flops, total_dense_flops
 from rana_compile.types import ConfigError, PlanError, Site, Skipped
 
+if TYPE_CHECKING:
+    from rana_compile.picture import Observed, Point
+
 FORMAT = 2
+IN_DIRECTORY = "rana_plan.safetensors"  # the name of a plan that lies in a model's directory
 _KEY = "rana_compile"
 
 
@@ -102,21 +106,37 @@ class Plan:
         from safetensors.torch import save
 
         tensors = {f"{i}.{k}": t.contiguous() for i, s in enumerate(self.sites) for k, t in s.tensors.items()}
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        data = save(tensors, {_KEY: json.dumps(self._document(), sort_keys=True)})
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with replacing(path) as temporary:
+            temporary.write_bytes(save(tensors, {_KEY: json.dumps(self.as_dict(), sort_keys=True)}))
 
-    def _document(self) -> dict[str, Any]:
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the plan into a model's directory, beside its weights, where ``from_pretrained`` finds it."""
+        self.save(Path(directory) / IN_DIRECTORY)
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        points: "Sequence[Point]" = (),
+        observed: "Observed | None" = None,
+    ) -> None:
+        """Write one self-contained HTML page about the plan, to be opened in any browser, without a network.
+
+        Args:
+            path: the file; an existing one is replaced.
+            points: what was measured of this and other plans or methods, for the plot of quality against cost
+                (``rana_compile.page.read_points`` reads those of ``rana-compile sweep`` and of a table).
+            observed: what the plan does on some text (``rana_compile.observe``): live shares token by token.
+
+        Raises RanaError if matplotlib is missing.
+        """
+        from rana_compile.page import page_of
+
+        with replacing(path) as temporary:
+            temporary.write_text(page_of(self, points, observed), encoding="utf-8")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan without its tensors, as JSON can hold it."""
         own = ("family", "live", "flops_kept", "error", "weight_hash")
         sites = [{k: getattr(s, k) for k in own} | asdict(s.site) for s in self.sites]
         return {
@@ -138,7 +158,7 @@ class Plan:
 
     @classmethod
     def of(cls, plan: Any) -> "Plan":
-        """The plan itself, or the one saved at a path, read once while the file does not change.
+        """The plan itself, or the one saved at a path or in a model's directory, read once while it does not change.
 
         Raises ConfigError if it is neither, PlanError as ``load`` does.
         """
@@ -146,15 +166,16 @@ class Plan:
             return plan
         if not isinstance(plan, str | os.PathLike):
             raise ConfigError(f"the plan is a {type(plan).__name__}; expected a rana_compile.Plan or a path")
-        path = Path(plan)
+        path = _file_of(plan)
         state = path.stat() if path.exists() else None
         return _load_once(str(path), (state.st_mtime_ns, state.st_size) if state else None)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
-        """Read a plan. Raises PlanError if the file is missing, damaged, or of a newer format."""
+        """Read a plan from a file or a model's directory. Raises PlanError if it is missing, damaged, or newer."""
         from safetensors import SafetensorError, safe_open
 
+        path = _file_of(path)
         try:
             with safe_open(str(path), framework="pt") as file:
                 document = json.loads((file.metadata() or {})[_KEY])
@@ -170,10 +191,33 @@ class Plan:
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{str(path)!r} is damaged: {error!r}; calibrate again and save anew") from error
 
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str]) -> "Plan":
+        """The plan in a model's directory, or in a repository of the hub, as ``save_pretrained`` put it there.
+
+        Raises PlanError as ``load`` does, or if the hub has none or cannot be reached.
+        """
+        if Path(name).exists():
+            return cls.load(name)
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            return cls.load(hf_hub_download(str(name), IN_DIRECTORY))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise PlanError(
+                f"no directory {str(name)!r}, and no {IN_DIRECTORY} under that name on the hub: {error}"
+            ) from error
+
     def __str__(self) -> str:
         from rana_compile.report import plan_text
 
         return plan_text(self)
+
+
+def _file_of(path: str | os.PathLike[str]) -> Path:
+    """The plan's own file where a directory is meant."""
+    return Path(path) / IN_DIRECTORY if Path(path).is_dir() else Path(path)
 
 
 @lru_cache(maxsize=8)
@@ -192,9 +236,7 @@ def _from_document(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 
 
 def _site_plan(entry: Mapping[str, Any], index: int, tensors: Mapping[str, Tensor]) -> SitePlan:
-    keys = ("name", "kind", "weights", "d_in", "d_outs", "block")
-    fields: dict[str, Any] = {k: tuple(entry[k]) if isinstance(entry[k], list) else entry[k] for k in keys}
-    site = Site(**fields, transposed=entry["transposed"], activation=entry["activation"])
+    site = Site.of(entry)
     stored = FAMILIES[entry["family"]].stored if entry["family"] != "dense" else ()
     rest = {k: entry[k] for k in ("family", "flops_kept", "error", "weight_hash")} | {"live": tuple(entry["live"])}
     return SitePlan(site=site, tensors={k: tensors[f"{index}.{k}"] for k in stored}, **rest)

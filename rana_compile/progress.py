@@ -1,4 +1,4 @@
-"""One progress bar with one overall estimate; silent when asked."""
+"""One progress bar with one overall estimate, on standard error; silent when asked."""
 
 from types import TracebackType
 
@@ -7,11 +7,12 @@ class Progress:
     """``step`` moves the bar, ``say`` names the stage. A context manager."""
 
     def __init__(self, shown: bool, steps: int) -> None:
+        from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._bar = Bar(*columns, disable=not shown)
+        self._bar = Bar(*columns, console=Console(stderr=True), disable=not shown)
         self._task = self._bar.add_task("starting", total=steps)
 
     def __enter__(self) -> "Progress":

@@ -15,7 +15,7 @@ def plan_text(plan: "Plan") -> str:
     """The plan as a table per site, the totals, and what was skipped and why."""
     columns = ("site", "family", "rank", "mean live", "FLOPs kept", "error")
     title = f"rana_compile plan ({plan.info.get('recipe', '?')})"
-    return table_text(title, columns, ("site", "family"), map(_row, plan.sites), totals(plan), plan.skipped)
+    return table_text(title, columns, ("site", "family"), map(site_cells, plan.sites), totals(plan), plan.skipped)
 
 
 def table_text(
@@ -53,7 +53,8 @@ def totals(plan: "Plan") -> str:
     )
 
 
-def _row(entry: "SitePlan") -> tuple[str, ...]:
+def site_cells(entry: "SitePlan") -> tuple[str, ...]:
+    """A site's line in a table: name, family, rank, mean live, FLOPs kept, predicted loss increase."""
     basis = entry.tensors.get("output_basis")
     rank = "" if basis is None else str(basis.shape[1])
     live = "" if entry.family == "dense" else " + ".join(f"{n:.0f}" for n in entry.live)

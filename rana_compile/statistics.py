@@ -4,7 +4,9 @@
 dropping coordinates D of x on the loss is ``g·δ = -Σ_{j∈D} u_j x_j``, without storing the (wider) g.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +44,24 @@ class Sample:
     def __post_init__(self) -> None:
         self.fresh = torch.ones(self.capacity, dtype=torch.bool)
         self._generator = torch.Generator().manual_seed(self.seed)
+
+    def settings(self) -> dict[str, Any]:
+        """What ``of`` needs beside ``tensors``, as JSON can hold it."""
+        return {k: getattr(self, k) for k in ("capacity", "parts", "seed", "seen")} | {"unit": self._unit}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sample's state, for a file."""
+        kept = {"x": self.x, "u": self.u, "fresh": self.fresh, "draws": self._generator.get_state()}
+        return {name: t for name, t in kept.items() if t is not None}
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Sample":
+        """The sample that these were taken from, which goes on as it would have. Raises KeyError if one is missing."""
+        keys = ("capacity", "parts", "seed", "seen")
+        sample = cls(**{k: settings[k] for k in keys}, x=tensors.get("x"), u=tensors.get("u"))
+        sample.fresh, sample._unit = tensors["fresh"], settings["unit"]
+        sample._generator.set_state(tensors["draws"])
+        return sample
 
     @property
     def rows(self) -> int:

@@ -25,7 +25,7 @@ from rana_compile.config import BackendOptions
 from rana_compile.passes.expand import expand
 from rana_compile.passes.find import find_sites
 from rana_compile.passes.match import op_name
-from rana_compile.passes.names import source_name
+from rana_compile.passes.names import module_name, source_name
 from rana_compile.plan import Plan
 
 _Graphs = list[tuple[fx.GraphModule, list[Any]]]
@@ -72,10 +72,14 @@ def _graphs(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
     return seen
 
 
-def graph_text(graph: fx.Graph) -> list[str]:
-    """One line per call: results numbered, parameters under their own names, getitem as an index."""
+def graph_text(graph: fx.Graph, module: str = "") -> list[str]:
+    """One line per call: results numbered, parameters under their own names, getitem as an index.
+
+    With a module's dotted name only the calls inside of it.
+    """
     names: dict[fx.Node, str] = {}
     lines: list[str] = []
+    inside = []
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             names[node] = source_name(node) or str(node.target).removeprefix("L_").rstrip("_").lower()
@@ -83,7 +87,16 @@ def graph_text(graph: fx.Graph) -> list[str]:
         args = ", ".join(_shown(a, names) for a in (*node.args, *node.kwargs.values()))
         names[node] = f"%{len(lines)}"
         lines.append(f"{names[node]} = {op_name(node) or node.op}({args})")
-    return lines
+        inside.append(_is_inside(node, module))
+    return [line for line, shown in zip(lines, inside, strict=True) if shown]
+
+
+def _is_inside(node: fx.Node, module: str) -> bool:
+    """Whether the node, or, where a pass put it in, what it is for, belongs to the module."""
+    name = module_name(node)
+    if not module or name is not None:
+        return not module or f"{name}.".startswith(f"{module}.")
+    return any(_is_inside(user, module) for user in node.users)
 
 
 def _shown(value: Any, names: Mapping[fx.Node, str]) -> str:

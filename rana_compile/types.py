@@ -4,10 +4,10 @@ A ``Site`` is the unit of allocation: one linear map of one input, made of one w
 stacked along the output (q/k/v, gate/up). A ``Match`` (``rana_compile.passes``) is the same site in one live graph.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +54,13 @@ class Site:
     @property
     def d_out(self) -> int:
         return sum(self.d_outs)
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> "Site":
+        """The site that ``asdict`` made this of, after a way through JSON. Raises KeyError if a field is missing."""
+        given: dict[str, Any] = {f.name: document[f.name] for f in fields(cls)}
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+        return cls(**values)
 
     def oriented(self, parameters: "Sequence[Tensor]") -> "list[Tensor]":
         """The site's parameters as W [d_out_i, d_in], however they are stored (views)."""

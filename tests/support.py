@@ -1,6 +1,8 @@
 """Shared by the tests: tiny models, Dynamo graphs as a backend sees them, and graphs as short text."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,3 +52,19 @@ def plan_of(module: nn.Module, *entries: tuple[Site, str, Tensors]) -> Plan:
     parameters = dict(module.named_parameters(remove_duplicate=False))
     sites = [site_plan(s, family, t, [parameters[name] for name in s.weights]) for s, family, t in entries]
     return Plan(tuple(sites), (), flops_asked=0.5, model_flops=1.0)
+
+
+def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
+    """(language, text) of the code blocks of a Markdown page, in order."""
+    found = re.findall(r"```(\w+)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    return [(language, text) for language, text in found if language in languages]
+
+
+def run_cli(*arguments: object) -> int:
+    """The exit status of ``rana-compile`` with these arguments."""
+    from rana_compile.cli import main
+
+    try:
+        return main([str(a) for a in arguments])
+    except SystemExit as stop:  # argparse's own way out
+        return int(stop.code or 0)

@@ -156,3 +156,21 @@ def test_batch_of_rows_and_dataset_rows(model: nn.Module) -> None:
     one = calibrate(model, [ids])
     rows = calibrate(model, [{"input_ids": row.tolist()} for row in ids])
     assert one.flops_kept == rows.flops_kept
+
+
+def test_a_compiled_model_is_calibrated_and_measured_as_it_was_before() -> None:
+    model, ids = tiny_llama(), tokens(4)
+    plan = rana_compile.calibrate(model, ids, 0.6, "neuron", progress=False)
+    with rana_compile.adapted(model, plan) as run, torch.no_grad():
+        expected = run(input_ids=ids[0]).logits
+    model.compile(backend="rana", options={"plan": plan, "compiler": "eager"})
+    with torch.no_grad():
+        compiled = model(input_ids=ids[0]).logits
+    again = rana_compile.calibrate(model, ids, 0.6, "neuron", progress=False)
+    assert [s.live for s in again.sites] == [s.live for s in plan.sites]
+    with rana_compile.adapted(model, plan) as run, torch.no_grad():
+        assert torch.equal(run(input_ids=ids[0]).logits, expected)
+        dense = model(input_ids=ids[0]).logits
+    assert not torch.allclose(dense, compiled, atol=1e-3)  # inside, the model itself is dense
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids[0]).logits, compiled)  # and compiled again afterwards

@@ -35,6 +35,7 @@ def names_of(wheel: ZipFile) -> set[str]:
 
 def test_wheel_holds_every_source_file(wheel: ZipFile) -> None:
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "rana_compile").glob("**/*.py")}
+    expected.add("rana_compile/page.css")
     for folder in FOLDERS:
         files = [path for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".cpp", ".h")]
         expected |= {f"rana_compile/{folder}/{path.name}" for path in files}
@@ -45,10 +46,11 @@ def test_wheel_has_one_top_level_package(wheel: ZipFile) -> None:
     assert {name.split("/")[0] for name in names_of(wheel)} == {"rana_compile"}
 
 
-def test_wheel_names_the_backend(wheel: ZipFile) -> None:
+def test_wheel_names_the_backend_and_the_command(wheel: ZipFile) -> None:
     (path,) = (name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
     lines = wheel.read(path).decode().split("\n")
     assert lines[lines.index("[torch_dynamo_backends]") + 1] == "rana = rana_compile.backend:rana"
+    assert lines[lines.index("[console_scripts]") + 1] == "rana-compile = rana_compile.cli:main"
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -155,3 +155,15 @@ def test_loaded_plan_gives_identical_outputs(tmp_path: Path) -> None:
         with rana_compile.adapted(model, given) as run:
             outputs.append(run(input_ids=ids).logits)
     assert torch.equal(*outputs)
+
+
+def test_a_plan_lives_in_a_models_directory(plan: Plan, tmp_path: Path) -> None:
+    plan.save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["rana_plan.safetensors"]
+    for read in (Plan.from_pretrained(tmp_path), Plan.load(str(tmp_path)), Plan.of(tmp_path)):
+        assert [s.weight_hash for s in read.sites] == [s.weight_hash for s in plan.sites]
+    (tmp_path / "rana_plan.safetensors").unlink()
+    with pytest.raises(PlanError, match=r"no plan at .*rana_plan\.safetensors"):
+        Plan.from_pretrained(tmp_path)
+    with pytest.raises(PlanError, match="no directory 'a/b', and no rana_plan"):
+        Plan.from_pretrained("a/b")

@@ -1,11 +1,11 @@
 """The helpers for other people's suites: the documentation's examples pass, and each helper fails with a diff."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import blocks
 from torch import nn
 
 import rana_compile
@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[1] / "docs/testing.md"
 @pytest.fixture(scope="module")
 def page() -> dict[str, Any]:
     names: dict[str, Any] = {}
-    exec("\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)), names)
+    exec("\n".join(text for _, text in blocks(PAGE, "python")), names)
     return names
 
 

@@ -1,0 +1,103 @@
+"""Wrong input: the exit status says so, one line says what, and there is no traceback."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import run_cli
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("calibrate", "show", "eval", "bench", "explain", "sweep", "doctor")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([c, "--help"] for c in COMMANDS), ["--version"]])
+def test_help_of_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(*arguments) == 0
+    assert "rana-compile" in capsys.readouterr().out
+
+
+def test_the_parser_is_made_without_torch() -> None:
+    code = "import sys; from rana_compile.cli.arguments import parser; parser(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["calibrate", "{model}", "--text", "{none}", "-o", "{out}"], "cannot read the text"),
+        (["calibrate", "{none}", "--text", "{text}", "-o", "{out}"], "not a directory, hub name or GGUF file"),
+        (["calibrate", "{text}", "--text", "{text}", "-o", "{out}"], "is a file, but no GGUF file"),
+        (["calibrate", "{empty}", "--text", "{text}", "-o", "{out}"], "no config.json and 0 GGUF files"),
+        (["calibrate", "{model}", "--text", "{text}", "--length", "99999", "-o", "{out}"], "fewer than 99999 tokens"),
+        (["calibrate", "{model}", "--text", "{text}", "--flops-budget", "1.5", "-o", "{out}"], "a share in (0, 1]"),
+        (["calibrate", "{model}", "--text", "{text}", "--length", "32", "--exclude", "typo", "-o", "{out}"], "typo"),
+        (["show", "{none}"], "no plan at"),
+        (["show", "{text}"], "not a readable plan"),
+        (["show", "{plan}", "--model", "{model}"], "give --html FILE too"),
+        (["show", "{plan}", "--html", "{out}", "--text", "{text}"], "need both --model and --text"),
+        (["show", "{plan}", "--html", "{out}", "--points", "{text}"], "no points"),
+        (["eval", "{model}", "{none}", "--text", "{text}"], "no plan at"),
+        (["explain", "{model}", "--device", "abacus"], "device 'abacus' cannot be used here"),
+        (["sweep", "{model}", "--text", "{text}", "--budgets", "0", "-o", "{out}"], "a share in (0, 1]"),
+    ],
+)
+def test_bad_input_is_status_two_and_one_line(
+    arguments: list[str], words: str, model_directory: Path, text: Path, plan: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "empty").mkdir()
+    places = {"model": model_directory, "text": text, "plan": plan, "none": tmp_path / "none"}
+    places |= {"empty": tmp_path / "empty", "out": tmp_path / "out"}
+    capsys.readouterr()
+    assert run_cli(*(a.format(**places) for a in arguments), "--json") == 2
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert document["status"] == 2 and words in document["error"]
+    assert "Traceback" not in captured.err and "rana-compile: " in captured.err
+
+
+def test_usage_is_status_two(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli() == run_cli("calibrat") == run_cli("calibrate", "m", "--text", "t", "-o", "o", "--tokens", "0") == 2
+    assert "0 is not a positive number" in capsys.readouterr().err
+
+
+def test_failures_and_interrupts_have_their_own_status(
+    plan: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stand_in(error: BaseException) -> None:
+        def fails(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr("rana_compile.plan.Plan.load", fails)
+
+    stand_in(OSError("disk on fire"))
+    assert run_cli("show", plan) == 3
+    assert "OSError: disk on fire (--debug shows where)" in capsys.readouterr().err
+    with pytest.raises(OSError, match="disk on fire"):
+        run_cli("show", plan, "--debug")
+    stand_in(KeyboardInterrupt())
+    assert run_cli("show", plan) == 130
+
+
+def test_a_killed_calibration_goes_on(
+    model_directory: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed for good once the recording lies beside the plan; run again it gives an undisturbed run's bytes."""
+    tokens = ("--length", "32", "--tokens", "640", "--recipe", "neuron", "--save-every", "0")
+    arguments = ("calibrate", str(model_directory), "--text", str(text), *tokens, "-o")
+    out, whole, recording = tmp_path / "plan", tmp_path / "whole", tmp_path / "plan.recording"
+    command = [sys.executable, "-m", "rana_compile.cli", *arguments, str(out)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        while not recording.exists() and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL and not out.exists()
+    assert run_cli(*arguments, whole) == 0
+    assert run_cli(*arguments, out) == 0
+    assert "going on from" in capsys.readouterr().err and not recording.exists()
+    assert out.read_bytes() == whole.read_bytes()
