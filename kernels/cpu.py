@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from rana_compile.kernels import reference
-from rana_compile.kernels.ops import LIBRARY
+from rana_compile.kernels.ops import LIBRARY, NAMES
 from rana_compile.types import RanaError
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def register() -> None:
             "no C++ compiler found (looked for $CXX, g++, clang++): adapted layers run in plain PyTorch, which is "
             "slower than the dense model. Install g++ and run again"
         )
-        for name in ("linear", "masked_linear", "rank_linear", "gated_mlp"):
+        for name in NAMES:
             LIBRARY.impl(name, getattr(reference, name), "CPU")
         return
     torch.ops.load_library(build(compiler, cache_directory()))

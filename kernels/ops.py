@@ -15,18 +15,19 @@ from torch import Tensor
 from rana_compile.kernels.reference import check_activation
 from rana_compile.types import RanaError
 
-LIBRARY = torch.library.Library("rana", "DEF")
-LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-LIBRARY.define("masked_linear(Tensor z, Tensor threshold, Tensor weight_t, Tensor? bias, int[] parts=[]) -> Tensor")
-LIBRARY.define("rank_linear(Tensor x, Tensor basis, Tensor threshold, Tensor weight_t, Tensor? bias) -> Tensor")
-LIBRARY.define(
+SCHEMAS = (
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "masked_linear(Tensor z, Tensor threshold, Tensor weight_t, Tensor? bias, int[] parts=[]) -> Tensor",
+    "rank_linear(Tensor x, Tensor basis, Tensor threshold, Tensor weight_t, Tensor? bias) -> Tensor",
     "gated_mlp(Tensor x, Tensor up_threshold, Tensor up_weight_t, Tensor? up_bias, Tensor down_threshold, "
-    "Tensor down_weight_t, Tensor? down_bias, str activation) -> Tensor"
-)
-LIBRARY.define(
+    "Tensor down_weight_t, Tensor? down_bias, str activation) -> Tensor",
     "gated_up(Tensor x, Tensor threshold, Tensor gate_weight_t, Tensor gate_threshold, Tensor up_weight, "
-    "Tensor? bias, str activation) -> Tensor"
+    "Tensor? bias, str activation) -> Tensor",
 )
+NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
+LIBRARY = torch.library.Library("rana", "DEF")
+for schema in SCHEMAS:
+    LIBRARY.define(schema)
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})  # what the kernels take
 _LOADERS = {"cpu": "rana_compile.kernels.cpu", "cuda": "rana_compile.kernels.cuda"}
