@@ -106,8 +106,10 @@ class Plan:
         from safetensors.torch import save
 
         tensors = {f"{i}.{k}": t.contiguous() for i, s in enumerate(self.sites) for k, t in s.tensors.items()}
+        document = self.as_dict()
+        document["checksum"] = _checksum(document, tensors)
         with replacing(path) as temporary:
-            temporary.write_bytes(save(tensors, {_KEY: json.dumps(self.as_dict(), sort_keys=True)}))
+            temporary.write_bytes(save(tensors, {_KEY: json.dumps(document, sort_keys=True)}))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the plan into a model's directory, beside its weights, where ``from_pretrained`` finds it."""
@@ -182,11 +184,14 @@ class Plan:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
         except FileNotFoundError:
             raise PlanError(f"no plan at {str(path)!r}; save one with plan.save(path)") from None
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+        except (SafetensorError, KeyError, ValueError, OSError, RecursionError) as error:
             raise PlanError(f"{str(path)!r} is not a readable plan ({error}); calibrate again and save anew") from error
-        if document.get("format") != FORMAT:
-            raise PlanError(f"{str(path)!r} has format {document.get('format')}; this version reads {FORMAT}")
+        version = document.get("format") if isinstance(document, dict) else None
+        if version != FORMAT:
+            raise PlanError(f"{str(path)!r} has format {version}; this version reads {FORMAT}: calibrate again")
         try:
+            if _checksum(document, tensors) != document["checksum"]:
+                raise ValueError("its checksum differs")
             return _from_document(document, tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{str(path)!r} is damaged: {error!r}; calibrate again and save anew") from error
@@ -238,8 +243,24 @@ def _from_document(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 def _site_plan(entry: Mapping[str, Any], index: int, tensors: Mapping[str, Tensor]) -> SitePlan:
     site = Site.of(entry)
     stored = FAMILIES[entry["family"]].stored if entry["family"] != "dense" else ()
-    rest = {k: entry[k] for k in ("family", "flops_kept", "error", "weight_hash")} | {"live": tuple(entry["live"])}
-    return SitePlan(site=site, tensors={k: tensors[f"{index}.{k}"] for k in stored}, **rest)
+    return SitePlan(
+        site=site,
+        family=entry["family"],
+        tensors={k: tensors[f"{index}.{k}"] for k in stored},
+        live=tuple(map(float, entry["live"])),
+        flops_kept=float(entry["flops_kept"]),
+        error=float(entry["error"]),
+        weight_hash=str(entry["weight_hash"]),
+    )
+
+
+def _checksum(document: Mapping[str, Any], tensors: Tensors) -> str:
+    """SHA-256 over what a plan's file holds."""
+    rest = {name: value for name, value in document.items() if name != "checksum"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name}={weight_hash([tensors[name]])};".encode())
+    return digest.hexdigest()
 
 
 def weight_hash(weights: Sequence[Tensor]) -> str:

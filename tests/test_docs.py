@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import blocks, run_cli
 from tiny_models import build, byte_tokenizer
+
+import rana_compile
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -22,7 +25,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with a model and text, as the guide supposes. Inductor is left out, which other tests run."""
     from torch._inductor import compile_fx
 
-    monkeypatch.setattr(compile_fx, "compile_fx", lambda gm, inputs, config_patches: gm)
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda gm, inputs, **_: gm)
     monkeypatch.chdir(tmp_path)
     model, _ = build("Llama", layers=1)
     model.save_pretrained("my-model")
@@ -45,6 +48,21 @@ def test_the_guide_runs_as_it_stands(workplace: Path) -> None:
     made = {path.name for path in workplace.iterdir()}
     assert {"plan.html", "plan.safetensors", "sweep"} <= made and "calibration.recording" not in made
     assert (workplace / "my-model/rana_plan.safetensors").exists()
+
+
+def test_the_readme_runs_as_it_stands(workplace: Path) -> None:
+    """But for the set-up commands, each block with a fresh model."""
+    for language, text in blocks(ROOT / "README.md", "bash", "python"):
+        if language == "python":
+            model, _ = build("Llama", layers=1)
+            batches = [torch.randint(3, 100, (1, 32)) for _ in range(8)]
+            inputs = {"input_ids": batches[0], "attention_mask": torch.ones_like(batches[0])}
+            exec(text, {"rana_compile": rana_compile, "model": model, "batches": batches, "inputs": inputs})
+            continue
+        for line in text.splitlines():
+            command, *rest = shlex.split(line.replace("MODEL", "my-model"), comments=True)
+            assert command in ("make", "pip") or run_cli(*rest, "--quiet") == 0, line
+    assert {"plan.html", "model-directory"} <= {path.name for path in workplace.iterdir()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

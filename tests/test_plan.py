@@ -105,6 +105,52 @@ def test_damaged_files_are_refused(plan: Plan, tmp_path: Path, damage: str) -> N
         Plan.load(path)
 
 
+def test_a_bit_that_flips_anywhere_is_noticed_and_so_is_an_end_that_is_missing(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "plan.safetensors"
+    plan.save(path)
+    whole = path.read_bytes()
+    for i in range(len(whole)):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :])
+        with pytest.raises(PlanError):
+            Plan.load(path)
+        if i % 8 == 0:
+            path.write_bytes(whole[:i])
+            with pytest.raises(PlanError):
+                Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "[]",
+        "7",
+        f'{{"format": {FORMAT}}}',
+        f'{{"format": {FORMAT}, "checksum": "", "sites": 3}}',
+        '{"format": 1e999}',
+        "1" * 10_000,
+    ],
+    ids=lambda text: text[:12],
+)
+def test_hostile_documents_are_refused(tmp_path: Path, text: str) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "plan.safetensors"
+    save_file({"a": torch.zeros(1)}, str(path), {"rana_compile": text})
+    with pytest.raises(PlanError):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize("header", [b"\xff" * 7 + b"\x7f", (2**40).to_bytes(8, "little"), b""])
+def test_hostile_sizes_are_refused_without_taking_the_memory(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "plan.safetensors"
+    claims = b'{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'
+    for data in (header + claims, len(claims).to_bytes(8, "little") + claims):
+        path.write_bytes(data)
+        with pytest.raises(PlanError, match="not a readable plan"):
+            Plan.load(path)
+
+
 def test_check_names_what_differs(plan: Plan, model: nn.Module) -> None:
     plan.check(model)
     with pytest.raises(PlanError, match=r"no parameter '0\.weight'"):

@@ -16,7 +16,6 @@ from rana_compile.kernels import cpu, ops, reference
 
 D_IN, HIDDEN, D_OUT = 257, 129, 65  # odd, so that no kernel's tail goes untested
 TOLERANCE = 1e-5  # relative, in float32: two products and sums of a few hundred terms
-OPS = ("linear", "masked_linear", "rank_linear", "gated_mlp", "gated_up")
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def _kernels(device: str) -> list[Check]:
         ops.load(device)
     except Exception as error:  # whatever it is, it is what the user asked to see
         return [Check(f"kernels, {device}", False, f"{type(error).__name__}: {error}", "see the message")]
-    return [_kernel(name, device) for name in OPS]
+    return [_kernel(name, device) for name in ops.NAMES]
 
 
 def _kernel(name: str, device: str) -> Check:
