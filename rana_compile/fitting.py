@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rana_compile.adapters import FAMILIES, Tensors, adapter_flops
@@ -263,22 +264,28 @@ def _row_scale(activated: Tensor, hidden: Part, tokens: Tensor | None = None) ->
 
 
 def rank_candidates(evidence: Evidence) -> Iterator[Candidate]:
-    """Rank adapters (and static low rank, their densest point) over ``RANKS`` × ``DENSITIES``."""
+    """Rank adapters (and static low rank, their densest point) over ``RANKS`` × ``DENSITIES``.
+
+    What lies outside of the basis, where few tokens made it, counts as one more coordinate that is always dropped.
+    """
     site = evidence.site
     if site.d_out < TALL * site.d_in:
         return
     output_basis, pull = output_basis_of(evidence)
     rows = evidence.sample.fresh[: evidence.sample.rows].to(evidence.weights[0].device)
-    z = evidence.x[rows][:RANK_ROWS] @ (evidence.weight.t() @ output_basis)  # [rows, r_max]
-    u = evidence.u
-    slope = None if u is None else u[rows][:RANK_ROWS] @ pull  # Uᵀg
-    effect = _effect(z, slope, z.new_ones(z.shape[1]))
+    x, weight = evidence.x[rows][:RANK_ROWS], evidence.weight
+    z = x @ (weight.t() @ output_basis)  # [rows, r_max]
+    u = None if evidence.u is None else evidence.u[rows][:RANK_ROWS]
+    slope = None if u is None else u @ pull  # Uᵀg
+    whole = (x * (x @ (weight.t() @ weight) if u is None else u)).sum(1, keepdim=True)  # ‖Wx‖², or g·Wx
+    within = _effect(z, slope, z.new_ones(z.shape[1]))
+    effect = _Effect(torch.cat([within.values, whole - within.values.sum(1, keepdim=True)], 1), within.has_gradient)
     scale = z.new_ones(z.shape[1]) if slope is None else slope.square().mean(0).sqrt()
-    scores = z.abs() * scale
+    scores = F.pad(z.abs() * scale, (0, 1))
     for share in RANKS:
         r = max(1, round(share * z.shape[1]))
         kept = {"output_basis": output_basis[:, :r]}
-        beyond = torch.arange(r, z.shape[1], device=z.device)
+        beyond = torch.arange(r, scores.shape[1], device=z.device)
         never = scores.index_fill(1, beyond, -1.0)  # below every threshold
         levels = quantiles(scores[:, :r], DENSITIES[:-1:3]).flip(0)
         priced = _price_levels(effect, never, torch.cat([levels.new_zeros(1), levels]))

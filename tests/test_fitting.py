@@ -126,19 +126,26 @@ def test_cats_keeps_the_share_of_rows() -> None:
     assert gated_at(up, down, 0.25).live == pytest.approx((12, 5), abs=0.1)
 
 
-def test_rank_prices_are_the_definition() -> None:
-    e = evidence_of(12, 48, decay=0.3)
+@pytest.mark.parametrize("seen", [ROWS, 5], ids=["all directions", "fewer directions than inputs"])
+def test_rank_prices_are_the_definition(seen: int) -> None:
+    """Dropped: coordinates below their thresholds, those cut off, and what lies outside of a basis of few tokens."""
+    e = evidence_of(12, 48, decay=0.1)
+    e = replace(e, moment=e.x[:seen].t() @ e.x[:seen])
+    whole, _ = output_basis_of(e)
+    assert (whole.shape[1] < 12) == (seen < 12)
+    g = e.u @ torch.linalg.pinv(e.weight)  # as far as it acts through W
+    y = e.x @ e.weight.t()
+    effect = (g @ whole) * (y @ whole)
+    rest = (g * y).sum(1, keepdim=True) - effect.sum(1, keepdim=True)
     fitted = list(rank_candidates(e))
     assert {c.family for c in fitted} == {"rank", "low_rank"}
     for c in fitted:
-        basis = c.tensors["output_basis"]
-        z = e.x @ e.weight.t() @ basis
-        kept = z.abs() >= c.tensors.get("threshold", torch.zeros(1))
-        error = (e.x @ e.weight.t()) - (z * kept) @ basis.t()
-        g = e.u @ torch.linalg.pinv(e.weight)  # as far as it acts through W
-        joint = 0.5 * float((g * error).sum(1).square().mean())
-        if CROSS_TERMS == 1.0:
-            assert c.option.price == pytest.approx(joint, rel=0.05, abs=1e-9)
+        r = c.tensors["output_basis"].shape[1]
+        kept = (y @ whole[:, :r]).abs() >= c.tensors.get("threshold", torch.zeros(1))
+        dropped = torch.ones(ROWS, whole.shape[1] + 1)
+        dropped[:, :r] = (~kept).float()
+        price = price_of(torch.cat([effect, rest], 1), dropped)
+        assert c.option.price == pytest.approx(price, rel=0.05, abs=1e-9)
         assert c.option.cost < dense_flops(e.site)
         if c.family == "rank":
             assert c.live == pytest.approx((float(kept.sum()) / ROWS,), abs=0.1)
