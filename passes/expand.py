@@ -4,7 +4,8 @@
     multi_head_attention_forward(x, x, x, …)  →  linear, attention, linear
 
 Only forms whose meaning is plain are expanded (self-attention with one weight for q, k and v); others stay fused and
-are reported as such. A graph without fused ops is returned as it is.
+are reported as such. Checkpointed bodies are put in place of their calls (``inline``). A graph without either is
+returned as it is.
 """
 
 import operator
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from rana_compile.passes.inline import inline_checkpoints
 from rana_compile.passes.rewrite import copy_dynamo_graph
 
 _MHA_DEFAULTS = {
@@ -35,7 +37,8 @@ _MHA_NAMES = (
 
 
 def expand(gm: fx.GraphModule) -> fx.GraphModule:
-    """``gm``, or where it holds fused attention a copy without; new nodes carry ``example_value``."""
+    """``gm``, or where it holds fused attention or checkpoints a copy without; new nodes carry ``example_value``."""
+    gm = inline_checkpoints(gm)
     fused = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _EXPANSIONS]
     fused = [node for node in fused if _EXPANSIONS[node.target][0](node)]
     if not fused:

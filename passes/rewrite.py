@@ -100,8 +100,12 @@ def _replace(graph: fx.Graph, lowering: Lowering, buffers: Mapping[str, fx.Node]
     targets = [env[lin.node] for lin in linears]
     order = {node: i for i, node in enumerate(graph.nodes)}
     first = min(targets, key=order.__getitem__)
+    before = set(graph.nodes)
     with graph.inserting_before(first):
         outputs = _emit(graph, lowering, buffers, env)
+    tags = {key: first.meta[key] for key in ("ac_graph_id", "recompute") if key in first.meta}  # gradient checkpointing
+    for node in set(graph.nodes) - before if tags else ():
+        node.meta.update(tags)
     for linear, target, output in zip(linears, targets, outputs, strict=True):
         output.meta = dict(target.meta)
         target.replace_all_uses_with(output)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rana_compile.calibration import calibrate as calibrate
+    from rana_compile.calibration import refit as refit
     from rana_compile.evaluation import adapted as adapted
     from rana_compile.evaluation import measure_cost as measure_cost
     from rana_compile.exporting import Exportable as Exportable
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "Plan": "plan",
     "calibrate": "calibration",
+    "refit": "calibration",
     "measure_cost": "evaluation",
     "adapted": "evaluation",
     "explain": "outlook",
@@ -48,6 +50,7 @@ __all__ = [
     "observe",
     "own_text",
     "plan_of",
+    "refit",
 ]
 __version__ = "0.1.0"
 

@@ -84,7 +84,7 @@ def adapt_graph(
             continue
         if not decode and options.prefill == "dense" and match.rows != 1:
             continue
-        bound = bind(plan, entry, weights)
+        bound = bind(plan, entry, weights, options.check_weights)
         if training:
             lowerings.append(Lowering(match, entry.family, False, bound.stored))
             continue

@@ -5,10 +5,12 @@ Packed tensors are shared by all graphs of a model (prefill and decode, static a
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rana_compile.adapters import FAMILIES, Tensors
@@ -17,6 +19,7 @@ from rana_compile.types import PlanError
 
 Stamp = tuple[tuple[int, int], ...]
 SAMPLE = 4096  # elements of each weight that are remembered
+_THRESHOLDS = {"threshold", "gate_threshold"}  # what a refit changes
 REPLACED = 0.5  # relative change of them from which weights are others, not the same ones trained further
 
 
@@ -45,11 +48,16 @@ class Bound:
         packed: layouts for the masked kernels.
     """
 
-    def __init__(self, entry: SitePlan, weights: Sequence[Tensor]) -> None:
+    def __init__(self, entry: SitePlan, weights: Sequence[Tensor], check: bool = True) -> None:
+        entry.check(weights, check)
         self.entry = entry
+        self._check = check
         self.device = weights[0].device
         self._family = FAMILIES[entry.family]
-        self._stored: Tensors = {k: t.to(self.device) for k, t in entry.tensors.items()}
+        self._stored: Tensors = {
+            k: t.to(self.device, copy=k in _THRESHOLDS)  # overwritten by a refit; the plan's own stay
+            for k, t in entry.tensors.items()
+        }
         self._folded: Tensors | None = None
         self._packed: Tensors | None = None
         self._stamp = stamp(weights)
@@ -81,18 +89,29 @@ class Bound:
         if now == self._stamp:
             return
         if [place for place, _ in now] != [place for place, _ in self._stamp]:
-            self.entry.check(weights)  # other tensors, not an update of these: a graph may serve two models
-        elif (change := _relative_change(self._sample, _sample(weights))) > REPLACED:
+            self.entry.check(weights, self._check)  # other tensors, no update of these: a graph may serve two models
+        elif self._check and (change := _relative_change(self._sample, _sample(weights))) > REPLACED:
             raise PlanError(
                 f"{self.entry.site.name}: its weights were overwritten since the plan was bound (they changed by "
                 f"{change:.0%}); calibrate again, or load the weights of the plan"
             )
+        self._write(weights)
+        self._stamp = now
+
+    def succeed(self, entry: SitePlan) -> None:
+        """Go on with the thresholds of a refitted entry: those that compiled graphs hold are overwritten."""
+        self.entry = entry
+        with plainly():
+            for name in _THRESHOLDS & set(self._stored):
+                self._stored[name].copy_(entry.tensors[name])
+        self._stamp = ()  # whatever else was made of them follows at the next call
+
+    def _write(self, weights: Sequence[Tensor]) -> None:
         with plainly():
             if self._folded is not None:
-                _copy(self._folded, self._derive(weights))
+                _copy(self._folded, self._stored | self._derive(weights))
             if self._packed is not None:
                 _copy(self._packed, self._pack(weights))
-        self._stamp = now
 
     def share(self, weights: Sequence[Tensor]) -> None:
         """Let the parameters be views of the packed layouts, where those hold them; their own memory is freed."""
@@ -130,20 +149,50 @@ def _relative_change(old: Tensor, new: Tensor) -> float:
 _BOUND: WeakKeyDictionary[Plan, WeakTensorKeyDictionary] = WeakKeyDictionary()
 
 
-def bind(plan: Plan, entry: SitePlan, weights: Sequence[Tensor]) -> Bound:
+def bind(plan: Plan, entry: SitePlan, weights: Sequence[Tensor], check: bool = True) -> Bound:
     """The bound site of these weights, made once per plan and model, and anew when they move to another device.
 
     Raises:
-        PlanError: shapes, dtype or values are not those the plan was fitted on.
+        PlanError: shapes, dtype or (with ``check``) values are not those the plan was fitted on.
     """
     by_weight = _BOUND.setdefault(plan, WeakTensorKeyDictionary())
     sites: dict[str, Bound] = by_weight.setdefault(weights[0], {})  # tied weights belong to several
     bound = sites.get(entry.site.name)
-    if bound is None or bound.entry is not entry or bound.device != weights[0].device:
-        entry.check(weights)
-        bound = sites[entry.site.name] = Bound(entry, weights)
+    if bound is None or bound.entry.site != entry.site or bound.device != weights[0].device:
+        bound = sites[entry.site.name] = Bound(entry, weights, check)
     bound.refresh(weights)
     return bound
+
+
+_SUCCESSORS: WeakKeyDictionary[Plan, Plan] = WeakKeyDictionary()
+
+
+def succeed(old: Plan, new: Plan) -> None:
+    """Whatever is compiled with one plan, or will be, goes on with the thresholds of its refitted successor."""
+    entries = {entry.site.name: entry for entry in new.adapted}
+    by_weight = _BOUND.setdefault(old, WeakTensorKeyDictionary())
+    for sites in by_weight.values():
+        for bound in sites.values():
+            bound.succeed(entries[bound.entry.site.name])
+    _BOUND[new] = by_weight
+    _SUCCESSORS[old] = new
+
+
+def latest(plan: Plan) -> Plan:
+    """The plan, or the one refitted last in its place."""
+    while plan in _SUCCESSORS:
+        plan = _SUCCESSORS[plan]
+    return plan
+
+
+def _count_fused_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Fused optimisers write weights without counting it as a change, which ``stamp`` would never see."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
+
+
+register_optimizer_step_post_hook(_count_fused_steps)
 
 
 def bound_plans(weights: Sequence[Tensor]) -> list[Plan]:

@@ -4,9 +4,11 @@ Batches are split: most fit, every fourth is held back to measure realised cost 
 streamed; per site only a bounded sample of rows (and second moments for bases) is kept.
 """
 
+import logging
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -14,10 +16,12 @@ import torch
 from torch import Tensor
 
 from rana_compile.adapters import Tensors
+from rana_compile.allocation import Option
+from rana_compile.binding import succeed
 from rana_compile.checkpoint import Checkpoint, fingerprint
 from rana_compile.correction import MAX_REFITS, Fitted, Fitter, Problem, Target, thinned
 from rana_compile.data import Batch, as_batches, rows_of
-from rana_compile.fitting import Evidence
+from rana_compile.fitting import Candidate, Evidence
 from rana_compile.flops import bytes_read, dense_flops, total_dense_flops
 from rana_compile.objective import summed_loss
 from rana_compile.passes.interpret import Capture, Handler, capturing, undisturbed
@@ -29,6 +33,8 @@ from rana_compile.progress import Progress
 from rana_compile.recipes import DIRECT, GLOBAL, RECIPES, SEPARATE_GATES, Measure, Mlp, Recipe
 from rana_compile.statistics import Sample
 from rana_compile.types import ConfigError, RanaError, Site, Skipped, parameter_filter
+
+log = logging.getLogger(__name__)
 
 SAMPLE_BYTES = 1_000_000_000  # for all samples together
 MAX_SAMPLE_ROWS = 4096
@@ -81,6 +87,39 @@ def calibrate(
     separate = isinstance(recipe, str) and recipe in SEPARATE_GATES
     with calibration(model, batches, include, exclude, seed, progress, separate, checkpoint=checkpoint) as session:
         return session.fit(target, recipe)
+
+
+def refit(
+    model: torch.nn.Module,
+    batches: Iterable[Any],
+    plan: Plan | str | PathLike[str],
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> Plan:
+    """The plan with thresholds fitted to the weights as they are now, so that it costs what was asked while they train.
+
+    Adapters, ranks and bases stay. A model that is compiled with ``plan`` goes on with the new thresholds: those its
+    graphs hold are overwritten, nothing is compiled again, and ``plan_of`` gives the new plan.
+
+    Args:
+        model: the trained model, as ``calibrate`` takes it.
+        batches: as ``calibrate`` takes them; a few thousand tokens.
+        plan: the plan it is trained with, or the path of it.
+
+    Raises:
+        ConfigError: bad data.
+        PlanError: the plan cannot be read or is for another model.
+        RanaError: non-finite activations.
+    """
+    old = Plan.of(plan)
+    old.check(model, values=False)
+    names = [name for entry in old.sites for name in entry.site.weights]
+    separate = any(entry.site.kind == "gate" for entry in old.sites)
+    with calibration(model, batches, names, None, seed, progress, separate) as session:
+        new = session.refit(old)
+    succeed(old, new)
+    return new
 
 
 @contextmanager
@@ -224,6 +263,19 @@ class Session:
             fitted = fitter.fitted(direct(evidence, mlps, target.share), fitter.everything)
         return self._plan(fitted, target, recipe, found)
 
+    def refit(self, plan: Plan) -> Plan:
+        """The plan's adapters with thresholds that realise what it was asked for on these batches."""
+        fitter = Fitter(self.run_with, self.fitting, self.held_back, self.bar)
+        rate = plan.flops_asked / plan.flops_kept
+        choice = {
+            s.site: Candidate(s.family, s.tensors, s.live, Option(rate * s.flops_kept * dense_flops(s.site), s.error))
+            for s in plan.sites
+        }
+        fitted = fitter.fitted(choice, fitter.everything)
+        new = self._plan(fitted, Target("flops", plan.flops_asked), "", self.capture.found[0])
+        info = {**plan.info, "divergence": fitted.divergence}
+        return replace(new, skipped=plan.skipped, flops_asked=plan.flops_asked, model_flops=plan.model_flops, info=info)
+
     def run_with(self, handler: Handler, batch: Batch) -> Any:
         """The model's output with every site in the handler's hands."""
         self.capture.handler = handler
@@ -322,4 +374,7 @@ class Session:
         total = float(total_dense_flops(fitted.choice))
         asked = target.value if target.unit == "flops" else sum(c.option.cost for c in fitted.choice.values()) / total
         skipped: tuple[Skipped, ...] = tuple(dict.fromkeys(s for f in self.capture.found for s in f.skipped))
-        return Plan(tuple(sites), skipped, asked, total + extra, info)
+        plan = Plan(tuple(sites), skipped, asked, total + extra, info)
+        for dead in plan.dead:
+            log.warning("rana: %s: a mask let nothing through on held-back tokens", dead.site.name)
+        return plan

@@ -26,6 +26,8 @@ class BackendOptions:
         free_dense_weights: after the first decoded token the weights of neuron and gated sites become views of the
             layout that the kernels read, so that there is one copy of them, not two. Values stay; strides change, so
             every graph is compiled once more. Saving them then needs ``contiguous()`` copies. Rank adapters keep both.
+        check_weights: with a plan, refuse weights that are not those it was fitted on. False: they were trained since
+            (a run that is resumed); ``rana_compile.refit`` fits the thresholds to them.
         mode: passed on to Inductor (``"default"``, ``"reduce-overhead"``, ``"max-autotune"``, ...).
         inductor: further Inductor options, as ``torch.compile(options=...)`` would take them.
         compiler: the backend that compiles the rewritten graph; ``"aot_eager"`` or ``"eager"`` to look for an error.
@@ -42,6 +44,7 @@ class BackendOptions:
     exclude: Patterns = None
     min_features: int | None = None
     free_dense_weights: bool = False
+    check_weights: bool = True
     mode: str | None = None
     inductor: Mapping[str, Any] | None = None
     compiler: str = "inductor"
@@ -81,8 +84,9 @@ class BackendOptions:
             raise ConfigError(f"mode {self.mode!r} is not one of Inductor's; known modes: {', '.join(MODES)}")
         if self.prefill not in ("adapted", "dense"):
             raise ConfigError(f"option 'prefill' is {self.prefill!r}; expected 'adapted' or 'dense'")
-        if not isinstance(self.free_dense_weights, bool):
-            raise ConfigError(f"option 'free_dense_weights' is {self.free_dense_weights!r}; expected True or False")
+        for name in ("free_dense_weights", "check_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"option {name!r} is {getattr(self, name)!r}; expected True or False")
         if self.inductor is not None and not isinstance(self.inductor, Mapping):
             raise ConfigError(f"option 'inductor' is a {type(self.inductor).__name__}; expected a dict")
         for name, least in {"min_features": 0, "calibration_tokens": 1, "max_divergence": 0}.items():

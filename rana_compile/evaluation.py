@@ -37,25 +37,30 @@ class AdaptedModel:
 
 
 @contextmanager
-def adapted(model: torch.nn.Module, plan: Plan | str | PathLike[str]) -> Iterator[AdaptedModel]:
+def adapted(
+    model: torch.nn.Module, plan: Plan | str | PathLike[str], *, check_weights: bool = True
+) -> Iterator[AdaptedModel]:
     """Yields the adapted model as a callable, run eagerly: the plain formulas, no kernels, no Inductor.
 
     For quality figures, and for checking a compiled model. The model itself is not changed.
-    Raises PlanError if the plan cannot be read or belongs to other weights.
+    Raises PlanError if the plan cannot be read or belongs to other weights; with ``check_weights=False`` they may have
+    been trained since.
     """
     chosen = Plan.of(plan)
     handler = Adapted({s.site: (s.family, s.tensors) for s in chosen.adapted})
-    with running(model, chosen, handler) as run:
+    with running(model, chosen, handler, check_weights) as run:
         yield AdaptedModel(chosen, run, handler)
 
 
 @contextmanager
-def running(model: torch.nn.Module, plan: Plan, handler: Adapted) -> Iterator[Callable[..., Any]]:
+def running(
+    model: torch.nn.Module, plan: Plan, handler: Adapted, check_weights: bool = True
+) -> Iterator[Callable[..., Any]]:
     """Yields the model as a callable with the plan's sites in the handler's hands, run eagerly.
 
     Raises PlanError if the plan belongs to other weights.
     """
-    plan.check(model)
+    plan.check(model, check_weights)
     names = {name for s in plan.sites for name in s.site.weights}
     separate = any(s.site.kind == "gate" for s in plan.sites)
     eligible = lambda name: None if name in names else "not in the plan"  # noqa: E731

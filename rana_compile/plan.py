@@ -49,8 +49,11 @@ class SitePlan:
     error: float
     weight_hash: str
 
-    def check(self, weights: Sequence[Tensor]) -> None:
-        """Raises PlanError unless these are the weights that the site was fitted on, in the same dtype."""
+    def check(self, weights: Sequence[Tensor], values: bool = True) -> None:
+        """Raises PlanError unless these are the weights that the site was fitted on, in the same dtype.
+
+        Without ``values`` only their shapes are compared: they were trained since.
+        """
         expected = [(d_out, self.site.d_in)[:: -1 if self.site.transposed else 1] for d_out in self.site.d_outs]
         found = [tuple(w.shape) for w in weights]
         if found != expected:
@@ -58,10 +61,11 @@ class SitePlan:
                 f"{self.site.name}: the plan was fitted on weights of shapes {expected}, this model has {found}; "
                 "calibrate this model"
             )
-        if weight_hash(weights) != self.weight_hash:
+        if values and weight_hash(weights) != self.weight_hash:
             raise PlanError(
                 f"{self.site.name}: the weights are not those the plan was fitted on (values or dtype differ, now "
-                f"{weights[0].dtype}); calibrate this model, or load the weights of the plan"
+                f"{weights[0].dtype}); calibrate this model, load the weights of the plan, or, if the model was "
+                "trained since, use check_weights=False"
             )
 
 
@@ -100,6 +104,11 @@ class Plan:
     @property
     def adapted(self) -> tuple[SitePlan, ...]:
         return tuple(s for s in self.sites if s.family != "dense")
+
+    @property
+    def dead(self) -> tuple[SitePlan, ...]:
+        """Adapted sites with a mask that no held-back token switched on: they add nothing, and no gradient passes."""
+        return tuple(s for s in self.adapted if 0 in s.live)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as one safetensors file; an existing file stays intact until the new one is whole."""
@@ -150,13 +159,16 @@ class Plan:
             "skipped": [asdict(s) for s in self.skipped],
         }
 
-    def check(self, model: torch.nn.Module) -> None:
-        """Raises PlanError unless the plan was fitted on this model: parameter names, shapes, dtypes and values."""
+    def check(self, model: torch.nn.Module, values: bool = True) -> None:
+        """Raises PlanError unless the plan was fitted on this model: parameter names, shapes, dtypes and values.
+
+        Without ``values`` the weights may have been trained since.
+        """
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for entry in self.sites:
             if missing := [name for name in entry.site.weights if name not in parameters]:
                 raise PlanError(f"the plan is for another model: this one has no parameter {missing[0]!r}")
-            entry.check([parameters[name] for name in entry.site.weights])
+            entry.check([parameters[name] for name in entry.site.weights], values)
 
     @classmethod
     def of(cls, plan: Any) -> "Plan":

@@ -166,10 +166,18 @@ class Use:
     def _record(self, args: Sequence[Any]) -> None:
         now = self._stamp_of(args)
         if now != self._stamp:
+            moved = [place for place, _ in now] != [place for place, _ in self._stamp]
             self._stamp = now
-            self.session.restart("the weights changed while calibrating")
-        if self.session.recording and self.replay.has_output and not self.replay.is_random:
-            self.session.see(self, args)
+            if moved or not self._trains(args):  # what is kept are inputs: training between the calls does no harm
+                self.session.restart("the weights changed while calibrating")
+        if self.session.recording and self.replay.has_output:
+            if self.replay.is_random:
+                self.session.pass_over()
+            else:
+                self.session.see(self, args)
+
+    def _trains(self, args: Sequence[Any]) -> bool:
+        return torch.is_grad_enabled() and any(args[i].requires_grad for i in self.graph.adaptable.values())
 
     def _switch(self, args: Sequence[Any]) -> None:
         """Run as the session has decided."""

@@ -15,7 +15,8 @@ def plan_text(plan: "Plan") -> str:
     """The plan as a table per site, the totals, and what was skipped and why."""
     columns = ("site", "family", "rank", "mean live", "FLOPs kept", "error")
     title = f"rana_compile plan ({plan.info.get('recipe', '?')})"
-    return table_text(title, columns, ("site", "family"), map(site_cells, plan.sites), totals(plan), plan.skipped)
+    lines = [totals(plan), *(f"never on: {s.site.name}, whose mask let nothing through" for s in plan.dead)]
+    return table_text(title, columns, ("site", "family"), map(site_cells, plan.sites), "\n".join(lines), plan.skipped)
 
 
 def table_text(

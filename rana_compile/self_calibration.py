@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rana_compile.binding import bound_plans, plainly
+from rana_compile.binding import bound_plans, latest, plainly
 from rana_compile.calibration import fit_recorded
 from rana_compile.config import BackendOptions
 from rana_compile.objective import divergence
@@ -80,6 +80,7 @@ class Session:
     bytes: int = 0
     decode_calls: int = 0
     restarts: int = 0
+    said: bool = False  # that calls with dropout are not kept
     lock: Any = field(default_factory=threading.RLock)
 
     @property
@@ -121,6 +122,15 @@ class Session:
         wanted = self.options.calibration_tokens
         if len(self.calls) > 1 and (self.kept >= wanted or self.seen >= PATIENCE * wanted):
             self._fit()
+
+    def pass_over(self) -> None:
+        """A call that cannot be replayed: no two runs of it agree."""
+        if not self.said:
+            self.said = True
+            log.warning(
+                "rana: calls in training mode with active dropout are not recorded, and run dense until the model is "
+                "calibrated: call it in eval() mode first, set dropout to 0, or give a plan"
+            )
 
     def _is_drawn(self) -> bool:
         """Decode calls are kept ever more rarely, 8 in each doubling: 1, 2, ..., 16, 18, ..., 32, 36, ..."""
@@ -232,7 +242,7 @@ def plan_of(model: nn.Module) -> Plan:
     model = getattr(model, "_orig_mod", model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     sessions = list(dict.fromkeys(s for p in parameters.values() for s in _SESSIONS.get(p, ())))
-    fitted = [session.plan for session in sessions if session.plan is not None]
+    fitted = [latest(session.plan) for session in sessions if session.plan is not None]
     plans = fitted or bound_plans(list(parameters.values()))[-1:]
     if len(plans) == 1 and all(name in parameters for s in plans[0].sites for name in s.site.weights):
         return plans[0]
@@ -242,7 +252,7 @@ def plan_of(model: nn.Module) -> Plan:
             "(rana_compile.explain tells)"
         )
         raise RanaError(f"the model has no plan: {why}")
-    return _joined([(s.plan, s.names_in(parameters)) for s in sessions if s.plan is not None])
+    return _joined([(latest(s.plan), s.names_in(parameters)) for s in sessions if s.plan is not None])
 
 
 def _joined(parts: Sequence[tuple[Plan, Mapping[str, str]]]) -> Plan:
