@@ -1,4 +1,4 @@
-"""The state of a training run in one safetensors file: whole or not there, without pickle. A killed run goes on from it."""
+"""The state of a training run in one safetensors file, whole or not there: a killed run goes on from it."""
 
 import json
 from pathlib import Path

@@ -54,7 +54,7 @@ def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule) -> None:
             node.meta.update(tags)
     (holder,) = [n for n in call.all_input_nodes if n is call.args[0]]
     for user in list(call.users):  # all take one of the results
-        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index, arg-type]
         gm.graph.erase_node(user)
     gm.graph.erase_node(call)
     if not holder.users:

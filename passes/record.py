@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rana_compile.adapters import FAMILIES, Tensors, adapter_flops
 from rana_compile.flops import dense_flops
+from rana_compile.processes import ALONE, Processes
 from rana_compile.statistics import LogHistogram, Sample
 from rana_compile.types import RanaError, Site
 
@@ -48,6 +49,12 @@ class Recorder:
         total, rows = self.moments.get(site, (None, 0))
         return None if total is None else total / rows
 
+    def gather(self, processes: Processes) -> None:
+        """Put together what all processes recorded."""
+        self.samples = {site: sample.gather(processes) for site, sample in self.samples.items()}
+        for site, (total, rows) in self.moments.items():
+            self.moments[site] = processes.sum(total), int(processes.total(rows)[0])
+
     def __call__(
         self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> tuple[Tensor, ...]:
@@ -84,17 +91,20 @@ class Adapted:
         adapters: family and stored tensors of each site; what derives from the weights is computed at first use.
         targets: mean live coordinates wanted of each mask of a site: its thresholds are scaled, from batch to batch,
             so that this many survive on the inputs seen so far, which come from sites already scaled.
+        processes: whose inputs count; all of them run the same sites.
     """
 
     def __init__(
         self,
         adapters: Mapping[Site, tuple[str, Tensors]],
         targets: Mapping[Site, Sequence[float]] | None = None,
+        processes: Processes = ALONE,
     ) -> None:
+        self._processes = processes
         self._adapters = adapters
         self._targets = targets or {}
         self._tensors: dict[Site, Tensors] = {}
-        self._histograms = {site: [LogHistogram() for _ in wanted] for site, wanted in self._targets.items()}
+        self._histograms = {site: [LogHistogram(processes) for _ in wanted] for site, wanted in self._targets.items()}
         self.scale = {site: [1.0] * len(wanted) for site, wanted in self._targets.items()}
         self._live = {site: [0] * len(FAMILIES[name].mask_flops(site)) for site, (name, _) in adapters.items()}
         self._rows = dict.fromkeys(adapters, 0)
@@ -133,7 +143,8 @@ class Adapted:
 
     def live(self, site: Site) -> tuple[float, ...]:
         """Mean coordinates kept per token by each mask of an adapted site."""
-        return tuple(n / max(self._rows[site], 1) for n in self._live[site])
+        rows, *live = self._processes.total(self._rows[site], *self._live[site])
+        return tuple(n / max(rows, 1) for n in live)
 
     def flops(self, site: Site) -> float:
         """Realised FLOPs per token of a site, adapted or dense."""

@@ -6,6 +6,7 @@ streamed; per site only a bounded sample of rows (and second moments for bases) 
 
 import logging
 import platform
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +30,7 @@ from rana_compile.passes.match import Found
 from rana_compile.passes.mlp import hidden_function
 from rana_compile.passes.record import Recorder, dense_handler
 from rana_compile.plan import Plan, SitePlan, weight_hash
+from rana_compile.processes import ALONE, Processes
 from rana_compile.progress import Progress
 from rana_compile.recipes import DIRECT, GLOBAL, RECIPES, SEPARATE_GATES, Measure, Mlp, Recipe
 from rana_compile.statistics import Sample
@@ -54,6 +56,7 @@ def calibrate(
     bytes_budget: float | None = None,
     max_loss_increase: float | None = None,
     checkpoint: str | PathLike[str] | None = None,
+    group: Any = None,
 ) -> Plan:
     """Fit adapters to ``model`` on calibration data, under one budget for all included sites.
 
@@ -74,6 +77,8 @@ def calibrate(
             below this.
         checkpoint: a file for what was recorded so far. A killed calibration of the same model, data and settings
             goes on from it and gives the same plan; it is removed when the plan is there.
+        group: a process group of ``torch.distributed`` whose processes all call this, each with its own batches of the
+            same sizes: what they record is put together, and each gets the same plan. Before DDP wraps the model.
 
     Returns:
         The plan, its realised cost and losses measured on held-back batches.
@@ -85,7 +90,9 @@ def calibrate(
     target = Target.of(flops_budget, bytes_budget, max_loss_increase)
     check_recipe(recipe, target)
     separate = isinstance(recipe, str) and recipe in SEPARATE_GATES
-    with calibration(model, batches, include, exclude, seed, progress, separate, checkpoint=checkpoint) as session:
+    with calibration(
+        model, batches, include, exclude, seed, progress, separate, checkpoint=checkpoint, group=group
+    ) as session:
         return session.fit(target, recipe)
 
 
@@ -96,6 +103,7 @@ def refit(
     *,
     seed: int = 0,
     progress: bool = True,
+    group: Any = None,
 ) -> Plan:
     """The plan with thresholds fitted to the weights as they are now, so that it costs what was asked while they train.
 
@@ -106,6 +114,7 @@ def refit(
         model: the trained model, as ``calibrate`` takes it.
         batches: as ``calibrate`` takes them; a few thousand tokens.
         plan: the plan it is trained with, or the path of it.
+        group: as ``calibrate`` takes it.
 
     Raises:
         ConfigError: bad data.
@@ -116,7 +125,7 @@ def refit(
     old.check(model, values=False)
     names = [name for entry in old.sites for name in entry.site.weights]
     separate = any(entry.site.kind == "gate" for entry in old.sites)
-    with calibration(model, batches, names, None, seed, progress, separate) as session:
+    with calibration(model, batches, names, None, seed, progress, separate, group=group) as session:
         new = session.refit(old)
     succeed(old, new)
     return new
@@ -133,22 +142,29 @@ def calibration(
     separate_gates: bool = False,
     fits: int = 1,
     checkpoint: "str | PathLike[str] | Checkpoint | None" = None,
+    group: Any = None,
 ) -> Iterator["Session"]:
     """A session whose ``fit`` may be called for many budgets and recipes on what was recorded once.
 
     Arguments and errors as of ``calibrate``; ``separate_gates`` is what recipe ``rana`` needs, ``fits`` how many fits
     the progress bar counts on. The checkpoint is removed when the block ends well.
     """
+    processes = Processes(group)
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    _check_whole(parameters)
     keep = parameter_filter(include, exclude, list(parameters))
     device = next((p.device for p in parameters.values()), torch.device("cpu"))
     data = as_batches(batches, device)
     _check_vocabulary(model, data)
+    processes.check_same(
+        str([rows_of(batch) for batch in data]),
+        "the sizes of the batches differ between processes; give each as many batches of the same sizes",
+    )
     with undisturbed(model), capturing(model, keep, separate_gates) as (run, capture):
         with Progress(progress, (1 + 2 * fits) * len(data)) as bar:
-            kept = Checkpoint(checkpoint) if isinstance(checkpoint, str | PathLike) else checkpoint
+            kept = Checkpoint(processes.own(checkpoint)) if isinstance(checkpoint, str | PathLike) else checkpoint
             settings = (separate_gates, [keep(name) for name in parameters])
-            yield Session(parameters, run, capture, bar, seed, *split_held_back(data), kept, settings)
+            yield Session(parameters, run, capture, bar, seed, *split_held_back(data), kept, settings, processes)
             if kept is not None:
                 kept.remove()
 
@@ -209,6 +225,20 @@ def check_recipe(recipe: str | Recipe, target: Target) -> None:
         raise ConfigError(f"this recipe takes flops_budget only; {target.unit} needs one of {', '.join(GLOBAL)}")
 
 
+def _check_whole(parameters: Mapping[str, Tensor]) -> None:
+    """Raises ConfigError for weights that are not all here."""
+    for name, p in parameters.items():
+        if "torch.distributed.tensor" in sys.modules and isinstance(p, torch.distributed.tensor.DTensor):
+            raise ConfigError(
+                f"{name} is sharded over processes (a DTensor); calibrate before fully_shard or parallelize_module"
+            )
+        if p.is_meta:
+            raise ConfigError(
+                f"{name} has no values here (device 'meta'): accelerate offloads it, or the model was never loaded; "
+                "calibrate with all weights in memory (device_map=None)"
+            )
+
+
 def _check_vocabulary(model: torch.nn.Module, data: Sequence[Batch]) -> None:
     getter: Any = getattr(model, "get_input_embeddings", None)
     embeddings = getter() if getter else None
@@ -236,8 +266,10 @@ class Session:
         held_back: Sequence[Batch],
         checkpoint: Checkpoint | None = None,
         settings: Sequence[Any] = (),
+        processes: Processes = ALONE,
     ) -> None:
         self.parameters = parameters
+        self._processes = processes
         self._checkpoint, self._settings = checkpoint, settings
         self.run, self.capture, self.bar, self.seed = run, capture, bar, seed
         self.fitting, self.held_back = fitting, held_back
@@ -253,7 +285,9 @@ class Session:
         found = self.capture.found[0]
         evidence = [self._evidence(site, sample, recorder) for site, sample in recorder.samples.items()]
         mlps = self._mlps(found, recorder)
-        fitter = Fitter(self.run_with, self.fitting, self.held_back, self.bar, MAX_REFITS if refit else 0)
+        fitter = Fitter(
+            self.run_with, self.fitting, self.held_back, self.bar, MAX_REFITS if refit else 0, self._processes
+        )
         self.bar.say("choosing adapters")
         if isinstance(recipe, str) and recipe in GLOBAL:
             problem = Problem(GLOBAL[recipe](evidence, mlps, target.share), self._cost_of(target))
@@ -265,7 +299,7 @@ class Session:
 
     def refit(self, plan: Plan) -> Plan:
         """The plan's adapters with thresholds that realise what it was asked for on these batches."""
-        fitter = Fitter(self.run_with, self.fitting, self.held_back, self.bar)
+        fitter = Fitter(self.run_with, self.fitting, self.held_back, self.bar, processes=self._processes)
         rate = plan.flops_asked / plan.flops_kept
         choice = {
             s.site: Candidate(s.family, s.tensors, s.live, Option(rate * s.flops_kept * dense_flops(s.site), s.error))
@@ -296,7 +330,7 @@ class Session:
         batches = thinned(self.fitting, RECORD_TOKENS)
         rows = sum(map(rows_of, batches))
         recorder = Recorder(lambda: self._capacity(rows), self.seed)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed + self._processes.rank)
         done = self._recorded_before(batches, recorder, generator)
         for i, batch in enumerate(batches[done:], done):
             self.bar.say("recording inputs and gradients")
@@ -316,6 +350,7 @@ class Session:
                 'graph breaks (fullgraph=True shows them), or use model.compile(backend="rana") without a plan, which '
                 "calibrates part by part"
             )
+        recorder.gather(self._processes)
         self._recorder = recorder
         return recorder
 
@@ -335,7 +370,8 @@ class Session:
         """Rows per site that keep all samples within SAMPLE_BYTES."""
         sites = [m.site for f in self.capture.found for m in f.matches]
         per_row = sum(site.d_in * (2 + len(site.weights)) for site in sites)  # x, and u of each linear
-        return max(64, min(rows, MAX_SAMPLE_ROWS, SAMPLE_BYTES // max(per_row, 1)))
+        n = self._processes.count
+        return max(64, min(rows, MAX_SAMPLE_ROWS // n, SAMPLE_BYTES // max(per_row, 1) // n))
 
     def _evidence(self, site: Site, sample: Sample, recorder: Recorder) -> Evidence:
         weights = site.oriented([self.parameters[name].detach() for name in site.weights])
@@ -363,7 +399,7 @@ class Session:
             "recipe": recipe if isinstance(recipe, str) else getattr(recipe, "__name__", repr(recipe)),
             "budget": {"unit": target.unit, "value": target.value},
             "seed": self.seed,
-            "tokens": sum(map(rows_of, self.fitting)),
+            "tokens": self._processes.count * sum(map(rows_of, self.fitting)),
             "dtype": sorted(dtype),
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -377,4 +413,7 @@ class Session:
         plan = Plan(tuple(sites), skipped, asked, total + extra, info)
         for dead in plan.dead:
             log.warning("rana: %s: a mask let nothing through on held-back tokens", dead.site.name)
+        self._processes.check_same(
+            plan.digest(), "the plans differ between processes: their models do; give all the same weights"
+        )
         return plan

@@ -17,6 +17,7 @@ from rana_compile.fitting import Candidate
 from rana_compile.objective import divergence, main_output
 from rana_compile.passes.interpret import Handler
 from rana_compile.passes.record import Adapted, dense_handler
+from rana_compile.processes import ALONE, Processes
 from rana_compile.progress import Progress
 from rana_compile.recipes import Candidates, Choice, Measure, solve
 from rana_compile.types import ConfigError, Site
@@ -93,7 +94,9 @@ class Fitter:
         held_back: Sequence[Batch],
         bar: Progress,
         refits: int = MAX_REFITS,
+        processes: Processes = ALONE,
     ) -> None:
+        self._processes = processes
         self._run, self._bar, self._held_back, self._refits = run, bar, held_back, refits
         self.everything = thinned([*fitting, *held_back], REFIT_TOKENS)
 
@@ -143,7 +146,7 @@ class Fitter:
         while True:
             if left:
                 choice = self._refit(choice, batches, live)
-            adapted = Adapted(_adapters(choice))
+            adapted = Adapted(_adapters(choice), processes=self._processes)
             (measured,) = self._divergences([adapted], self._held_back)
             miss = sum(map(adapted.flops, choice)) / wanted - 1
             left -= 1
@@ -153,7 +156,7 @@ class Fitter:
 
     def _refit(self, choice: Choice, batches: Sequence[Batch], live: Mapping[Site, Sequence[float]]) -> Choice:
         """Thresholds again, on the inputs each site sees when the sites before it are adapted."""
-        refitting = Adapted(_adapters(choice), live)
+        refitting = Adapted(_adapters(choice), live, self._processes)
         for batch in batches:
             self._bar.say("refitting thresholds with the adapters on")
             self._run(refitting, batch)
@@ -170,7 +173,8 @@ class Fitter:
                 totals[i] += divergence(dense, main_output(self._run(handler, batch))) * rows_of(batch)
             rows += rows_of(batch)
             self._bar.step()
-        return [total / max(rows, 1) for total in totals]
+        *totals, seen = self._processes.total(*totals, rows)
+        return [total / max(seen, 1) for total in totals]
 
     def _weights(self, fitted: Fitted) -> Measure:
         """Prices as measured: each kind of adapter alone against what was predicted for it, and all together."""

@@ -146,6 +146,11 @@ class Plan:
         with replacing(path) as temporary:
             temporary.write_text(page_of(self, points, observed), encoding="utf-8")
 
+    def digest(self) -> str:
+        """SHA-256 over all that the plan's file would hold: the same for equal plans."""
+        tensors = {f"{i}.{k}": t for i, s in enumerate(self.sites) for k, t in s.tensors.items()}
+        return _checksum(self.as_dict(), tensors)
+
     def as_dict(self) -> dict[str, Any]:
         """The plan without its tensors, as JSON can hold it."""
         own = ("family", "live", "flops_kept", "error", "weight_hash")

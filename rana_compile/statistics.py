@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rana_compile.processes import ALONE, Processes
+
 FLOAT8_MAX = torch.finfo(torch.float8_e5m2).max
 
 
@@ -63,6 +65,25 @@ class Sample:
         sample._generator.set_state(tensors["draws"])
         return sample
 
+    def gather(self, processes: Processes) -> "Sample":
+        """The rows of all processes, which were offered as many rows each, as one sample that is full."""
+        if processes.count == 1:
+            return self
+        assert self.x is not None
+        rows, n = self.rows, processes.count
+        whole = Sample(rows * n, self.parts, self.seed, seen=self.seen * n)
+        whole.x = torch.cat(processes.gathered(self.x[:rows]))
+        whole.fresh = torch.cat(processes.gathered(self.fresh[:rows]))
+        if self.u is not None:
+            units = processes.gathered(torch.tensor(self._unit, dtype=torch.float64))
+            whole._unit = float(units[0])
+            parts = [
+                (u.float() * (float(unit) / whole._unit)).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(u.dtype)
+                for u, unit in zip(processes.gathered(self.u[:rows]), units, strict=True)
+            ]
+            whole.u = torch.cat([part.view(torch.uint8) for part in parts]).view(self.u.dtype)
+        return whole
+
     @property
     def rows(self) -> int:
         return min(self.seen, self.capacity)
@@ -110,7 +131,8 @@ class LogHistogram:
 
     BINS, OCTAVES = 8192, 24
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes = ALONE) -> None:
+        self._processes = processes
         self._counts = torch.zeros(self.BINS, dtype=torch.float64)
 
     def add(self, values: Tensor) -> None:
@@ -119,10 +141,11 @@ class LogHistogram:
         self._counts += torch.histc(logs, self.BINS, -self.OCTAVES, self.OCTAVES).double().cpu()
 
     def level(self, share: float) -> float:
-        """The number that leaves this share of the values at or above it (linear within a bin)."""
-        above = self._counts.flip(0).cumsum(0)
+        """The number that leaves this share of all processes' values at or above it (linear within a bin)."""
+        counts = self._processes.sum(self._counts)
+        above = counts.flip(0).cumsum(0)
         wanted = share * float(above[-1])
         i = min(int(torch.searchsorted(above, wanted)), self.BINS - 1)
-        inside = float(self._counts[self.BINS - 1 - i])
+        inside = float(counts[self.BINS - 1 - i])
         part = (wanted - float(above[i]) + inside) / inside if inside else 1.0
         return float(2.0 ** (self.OCTAVES - (i + part) * 2 * self.OCTAVES / self.BINS))

@@ -12,7 +12,19 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports only from its own row or from rows above it. A new module needs a place here.
 LAYERS = (
-    {"types", "config", "flops", "progress", "data", "files", "text", "loading", "environment", "sampling"},
+    {
+        "types",
+        "config",
+        "flops",
+        "progress",
+        "data",
+        "files",
+        "text",
+        "loading",
+        "environment",
+        "sampling",
+        "processes",
+    },
     {"kernels"},
     {
         "adapters",
