@@ -5,7 +5,8 @@ One handler records inputs and gradients, another computes adapters; the graph i
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import CodeType
+from itertools import count
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from rana_compile.passes.match import Found, Match
 from rana_compile.types import RanaError, Site
 
 Handler = Callable[[Site, Tensor, Sequence[Tensor], Sequence[Tensor | None]], Sequence[Tensor]]
+
+
+_CAPTURES = count()
 
 
 class SiteInterpreter(fx.Interpreter):
@@ -52,8 +56,9 @@ class Capture:
         self, eligible: Callable[[str], str | None], separate_gates: bool = False, min_features: int = 0
     ) -> None:
         self.handler: Handler | None = None
+        self.entry: CodeType | None = None  # of the frame that calls the model
         self.found: list[Found] = []
-        self.codes: set[CodeType] = set()
+        self.codes: list[CodeType] = []  # of frames that hold a captured graph
         self._eligible = eligible
         self._separate_gates = separate_gates
         self._min_features = min_features
@@ -62,8 +67,8 @@ class Capture:
         gm = expand(gm)
         found = find_sites(gm, self._eligible, self._separate_gates, self._min_features)
         self.found.append(found)
-        context = TracingContext.try_get()
-        self.codes.update(getattr(context, "traced_code", None) or ())
+        traced = getattr(TracingContext.try_get(), "traced_code", None) or ()
+        self.codes.extend([code for code in traced if code is self.entry] or traced)
         return lambda *args: SiteInterpreter(gm, found.matches, self._current()).run(*args)
 
     def _current(self) -> Handler:
@@ -81,20 +86,28 @@ def capturing(
 ) -> Iterator[tuple[Callable[..., Any], Capture]]:
     """Yields (the model as a callable whose graphs run through ``capture.handler``, the capture).
 
-    Afterwards Dynamo forgets these graphs, so that nothing stays alive and later compilations start clean.
+    Afterwards Dynamo forgets these graphs, so that nothing stays alive and later compilations start clean. Dynamo keeps
+    graphs by code object: the model is called from one of this capture's own, so that what the user has compiled stays.
+    Only of a model with graph breaks, whose parts have no frame but their own, is that compiled again.
     """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
     capture = Capture(eligible, separate_gates, min_features)
+    capture.entry = code = call.__code__.replace(co_name=f"rana_capture_{next(_CAPTURES)}")
+    entry = FunctionType(code, call.__globals__, closure=call.__closure__)
     limits = torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024)
     with limits, torch.enable_grad():  # one gradient mode for all passes: tracing takes longer than running
         try:
-            yield torch.compile(model, backend=capture), capture
+            yield torch.compile(entry, backend=capture), capture
         finally:
             capture.handler = None
             capture.found.clear()
             _forget(capture.codes)
 
 
-def _forget(codes: set[CodeType]) -> None:
+def _forget(codes: Sequence[CodeType]) -> None:
     """Drop compiled graphs of these codes, and what Dynamo remembers of their dynamic sizes.
 
     With that memory a later ``model.compile`` would start with symbolic lengths, which take minutes longer to compile.

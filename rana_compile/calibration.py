@@ -334,7 +334,7 @@ class Session:
         done = self._recorded_before(batches, recorder, generator)
         for i, batch in enumerate(batches[done:], done):
             self.bar.say("recording inputs and gradients")
-            recorder.basis_rows = i % 2 == 1
+            recorder.basis_rows = i % 2 == 1 or len(batches) == 1
             output = self.run_with(recorder, batch)
             if recorder.samples:
                 summed_loss(output, generator).backward()

@@ -271,8 +271,10 @@ def rank_candidates(evidence: Evidence) -> Iterator[Candidate]:
     site = evidence.site
     if site.d_out < TALL * site.d_in:
         return
-    output_basis, pull = output_basis_of(evidence)
     rows = evidence.sample.fresh[: evidence.sample.rows].to(evidence.weights[0].device)
+    if not rows.any():  # of one batch only: no tokens are left to price the basis on
+        return
+    output_basis, pull = output_basis_of(evidence)
     x, weight = evidence.x[rows][:RANK_ROWS], evidence.weight
     z = x @ (weight.t() @ output_basis)  # [rows, r_max]
     u = None if evidence.u is None else evidence.u[rows][:RANK_ROWS]
