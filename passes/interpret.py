@@ -68,7 +68,7 @@ class Capture:
         found = find_sites(gm, self._eligible, self._separate_gates, self._min_features)
         self.found.append(found)
         traced = getattr(TracingContext.try_get(), "traced_code", None) or ()
-        self.codes.extend([code for code in traced if code is self.entry] or traced)
+        self.codes.extend([code for code in traced if code is self.entry] or list(traced))
         return lambda *args: SiteInterpreter(gm, found.matches, self._current()).run(*args)
 
     def _current(self) -> Handler:

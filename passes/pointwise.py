@@ -28,7 +28,7 @@ def is_pointwise(node: fx.Node) -> bool:
 def is_active_dropout(node: fx.Node) -> bool:
     """Whether the node draws random zeros, attention's among them."""
     if op_name(node) == "scaled_dot_product_attention":
-        return (node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0) or 0) != 0
+        return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0) not in (0, None)
     if op_name(node) not in _DROPOUTS:
         return False
     training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)

@@ -92,7 +92,8 @@ def adapt_graph(
         lowerings.append(Lowering(match, entry.family, decode, buffers))
         refresh.append((bound, places))
     masked = sum(low.decode and low.family != "dense" for low in lowerings)
-    log.info("adapted %d of %d sites in a graph, %d through masked kernels", len(refresh), len(matches), masked)
+    changed = sum(low.family != "dense" for low in lowerings)
+    log.info("adapted %d of %d sites in a graph, %d through masked kernels", changed, len(matches), masked)
     adapted = rewrite(gm, fuse_gated_mlps(lowerings)) if lowerings else copy_dynamo_graph(gm)[0]
     _trace(adapted)
     return adapted, refresh

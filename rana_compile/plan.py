@@ -3,6 +3,7 @@
 Bound to a model by parameter names, shapes and a hash of the weights; nothing in the file is code.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -286,5 +287,6 @@ def weight_hash(weights: Sequence[Tensor]) -> str:
     for weight in weights:
         flat = weight.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(f"{weight.dtype}{tuple(weight.shape)}".encode())
-        digest.update(flat.numpy().data)
+        # not flat.numpy(): the storage of the model's own weight could never be resized again, as FSDP does
+        digest.update((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr()) if flat.nbytes else b"")
     return digest.hexdigest()

@@ -213,3 +213,10 @@ def test_a_plan_lives_in_a_models_directory(plan: Plan, tmp_path: Path) -> None:
         Plan.from_pretrained(tmp_path)
     with pytest.raises(PlanError, match="no directory 'a/b', and no rana_plan"):
         Plan.from_pretrained("a/b")
+
+
+def test_hashing_a_weight_leaves_its_storage_resizable() -> None:
+    """FSDP frees and allocates storages in place."""
+    weight = torch.randn(4, 4)
+    weight_hash([weight])
+    weight.untyped_storage().resize_(0)
