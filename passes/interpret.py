@@ -67,8 +67,8 @@ class Capture:
         gm = expand(gm)
         found = find_sites(gm, self._eligible, self._separate_gates, self._min_features)
         self.found.append(found)
-        traced = getattr(TracingContext.try_get(), "traced_code", None) or ()
-        self.codes.extend([code for code in traced if code is self.entry] or list(traced))
+        traced: Sequence[Any] = getattr(TracingContext.try_get(), "traced_code", None) or ()
+        self.codes.extend([code for code in traced if id(code) == id(self.entry)] or traced)
         return lambda *args: SiteInterpreter(gm, found.matches, self._current()).run(*args)
 
     def _current(self) -> Handler:

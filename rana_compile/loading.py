@@ -38,7 +38,9 @@ def load_causal(
             f"{str(name)!r} is not a directory, hub name or GGUF file of a causal language model: {_first_line(error)}"
         ) from error
     if hasattr(model.config, "quantization_config") and "gguf_file" in extra:
-        del model.config.quantization_config  # the weights are decoded now, and save_pretrained refuses with it
+        del model.config.quantization_config  # the weights are decoded now, and save_pretrained refuses with these
+        for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+            vars(model).pop(name, None)
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 

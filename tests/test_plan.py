@@ -10,7 +10,7 @@ from torch import nn
 import rana_compile
 from rana_compile import Plan, PlanError
 from rana_compile.adapters.neuron import neuron_tensors
-from rana_compile.plan import FORMAT
+from rana_compile.plan import FORMAT, weight_hash
 from rana_compile.types import ConfigError, Site, Skipped
 
 

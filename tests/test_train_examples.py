@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +42,8 @@ def killed(process: "subprocess.Popen[str]", sign: str) -> str:
         if sign in line:
             break
     assert sign in seen, seen[-3000:]
-    os.killpg(process.pid, signal.SIGKILL)
+    for member in (*psutil.Process(process.pid).children(recursive=True), process):  # torchrun's first
+        member.kill()
     process.wait()
     process.stdout.close()
     return seen
