@@ -97,11 +97,12 @@ class Recovery:
     def _refit(self, plan: Plan) -> Plan:
         batches = self.windows[: max(2, self.args.refit_tokens // self.windows.shape[1])].split(1)
         plan = rana_compile.refit(self.model, batches, plan, progress=False)
-        old = self.plan_file
+        old, first = self.plan_file, self.state["refits"] == 0  # the first plan is what the run is compared with
         self.state["refits"] += 1
         plan.save(self.plan_file)
         checkpoints.save(self.file, self.model, self.optimizer, self.state)
-        old.unlink(missing_ok=True)
+        if not first:
+            old.unlink(missing_ok=True)
         return plan
 
 

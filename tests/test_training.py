@@ -340,3 +340,27 @@ def test_other_architectures_train(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     found.square().mean().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if n in plan.adapted[0].site.weights)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate_loop(fresh: nn.Module, plan: Plan, precision: str, caplog: pytest.LogCaptureFixture) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)  # one process has one, with one precision
+    caplog.set_level(logging.INFO, "rana_compile.backend")
+    accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
+    compile_with(fresh, plan, compiler="aot_eager")
+    model, optimizer = accelerator.prepare(fresh, torch.optim.AdamW(fresh.parameters(), lr=1e-2))
+    losses = []
+    for _ in range(6):
+        ids = tokens(1)[0]
+        with accelerator.accumulate(model):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.2
+    assert f"adapted {len(plan.adapted)} of {len(plan.sites)} sites" in caplog.text
+    assert list(accelerator.unwrap_model(model).state_dict()) == list(tiny_llama(layers=2).state_dict())
