@@ -32,15 +32,16 @@ def main() -> None:
     dtype = getattr(torch, settings.dtype)
     make: Callable[[], tuple[Any, Any]]
     make = (lambda: load_causal(settings.model, dtype)) if settings.model else (lambda: load_smollm2(dtype))
+    device = torch.device(settings.device)
     model, tokenizer = make()
+    model.to(device)
     calibration, _ = pydoc_topics(tokenizer, settings.length, settings.windows)
     if settings.plan:
         plan = Plan.load(settings.plan)
     else:
         plan = rana_compile.calibrate(model, calibration.split(1), settings.flops_budget, exclude=["lm_head"])
-    device = torch.device(settings.device)
     ids = calibration[: settings.batch].to(device)
-    sides = {"dense": model.to(device), "rana": make()[0].to(device)}
+    sides = {"dense": model, "rana": make()[0].to(device)}
     expected = expected_loss(sides["rana"], plan, ids)
     steps = {name: step_of(side, plan if name == "rana" else None, ids) for name, side in sides.items()}
     first = {name: timed(step) for name, step in steps.items()}  # compiles

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
 _DICT = re.compile(r"__dict__\['(_modules|_parameters|_buffers)'\]")  # modules that define __getattr__, as peft's
-_PATH = re.compile(r"^[LG]\['[^']+'\]\.?")
+_PATH = re.compile(r"^[LG]\['[^']+'\](?:\[\d+\])*\.?")  # L['self'], or L['args'][0] of a wrapper such as accelerate's
 
 
 def source_name(placeholder: fx.Node) -> str | None:

@@ -106,7 +106,9 @@ class Adapted:
         self._tensors: dict[Site, Tensors] = {}
         self._histograms = {site: [LogHistogram(processes) for _ in wanted] for site, wanted in self._targets.items()}
         self.scale = {site: [1.0] * len(wanted) for site, wanted in self._targets.items()}
-        self._live = {site: [0] * len(FAMILIES[name].mask_flops(site)) for site, (name, _) in adapters.items()}
+        self._live: dict[Site, list[float]] = {
+            site: [0] * len(FAMILIES[name].mask_flops(site)) for site, (name, _) in adapters.items()
+        }
         self._rows = dict.fromkeys(adapters, 0)
 
     def __call__(
@@ -145,6 +147,12 @@ class Adapted:
         """Mean coordinates kept per token by each mask of an adapted site."""
         rows, *live = self._processes.total(self._rows[site], *self._live[site])
         return tuple(n / max(rows, 1) for n in live)
+
+    def assume(self, live: Mapping[Site, Sequence[float]]) -> None:
+        """Take these counts for sites that no row reached, as an encoder's on calls that only decode."""
+        for site, each in live.items():
+            if site in self._rows and not self._processes.total(self._rows[site])[0]:
+                self._live[site], self._rows[site] = list(each), 1
 
     def flops(self, site: Site) -> float:
         """Realised FLOPs per token of a site, adapted or dense."""

@@ -148,6 +148,7 @@ class Fitter:
                 choice = self._refit(choice, batches, live)
             adapted = Adapted(_adapters(choice), processes=self._processes)
             (measured,) = self._divergences([adapted], self._held_back)
+            adapted.assume({site: c.live for site, c in choice.items()})
             miss = sum(map(adapted.flops, choice)) / wanted - 1
             left -= 1
             if left <= 0 or abs(miss) <= TOLERANCE or not live:

@@ -30,4 +30,5 @@ def test_script_runs_and_calibrates_itself(
 def test_scripts_are_the_ones_tested() -> None:
     found: set[Any] = {p.stem for p in EXAMPLES.glob("*.py") if 'backend="rana"' in p.read_text(encoding="utf-8")}
     elsewhere = {"demo", "architectures", "lm_eval_run"}  # make demo, test_architectures, test_interoperation
+    elsewhere |= {"train_loop", "train_trainer", "train_ddp", "recover"}  # test_train_examples
     assert found - elsewhere == set(SCRIPTS)

@@ -148,13 +148,14 @@ def compile_with(model: nn.Module, plan: Plan | None, **options: Any) -> nn.Modu
 
 
 def test_loss_curves_of_compiled_and_eager_training_agree(fresh: nn.Module, model: nn.Module, plan: Plan) -> None:
-    compiled = train(compile_with(fresh, plan), 50)
+    """In float64: in float32 a coordinate at its threshold may fall either way, and 50 steps amplify that."""
+    compiled = train(compile_with(fresh.double(), plan, check_weights=False), 50)
     torch._dynamo.reset()
     other = tiny_llama(layers=2)
     other.load_state_dict(model.state_dict())
-    eager = train(compile_with(other, plan, compiler="eager"), 50)
-    torch.testing.assert_close(torch.tensor(compiled), torch.tensor(eager), rtol=2e-3, atol=2e-3)
-    assert abs(compiled[-1] - compiled[0]) > 0.1
+    eager = train(compile_with(other.double(), plan, check_weights=False, compiler="eager"), 50)
+    torch.testing.assert_close(torch.tensor(compiled), torch.tensor(eager), rtol=1e-4, atol=1e-4)
+    assert torch.tensor(compiled).std() > 0.01
 
 
 @pytest.mark.parametrize("settings", [{"autocast": True}, {"accumulate": 2}, {"scaler": torch.amp.GradScaler("cpu")}])
