@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch._dynamo.pgo import get_code_state
 from torch._guards import TracingContext
 
+from rana_compile.offload import Weights
 from rana_compile.passes.expand import expand
 from rana_compile.passes.find import find_sites
 from rana_compile.passes.match import Found, Match
@@ -28,8 +29,11 @@ _CAPTURES = count()
 class SiteInterpreter(fx.Interpreter):
     """Executes a graph; ``handler(site, x, weights, biases)`` gives the outputs of a site's linears."""
 
-    def __init__(self, gm: fx.GraphModule, matches: Sequence[Match], handler: Handler) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, matches: Sequence[Match], handler: Handler, weights: Weights | None = None
+    ) -> None:
         super().__init__(gm)
+        self._weights = weights
         self._matches = {lin.node: (match, i) for match in matches for i, lin in enumerate(match.linears)}
         self._outputs: dict[int, Sequence[Tensor]] = {}
         self._handler = handler
@@ -42,19 +46,31 @@ class SiteInterpreter(fx.Interpreter):
             return super().run_node(n)
         match, index = self._matches[n]
         if id(match) not in self._outputs:
-            weights = [self.env[lin.weight] for lin in match.linears]
-            biases = [None if lin.bias is None else self.env[lin.bias] for lin in match.linears]
+            weights = [self._value(lin.weight) for lin in match.linears]
+            biases = [None if lin.bias is None else self._value(lin.bias) for lin in match.linears]
             oriented = match.site.oriented(weights)
             self._outputs[id(match)] = self._handler(match.site, self.env[match.x], oriented, biases)
         return self._outputs[id(match)][index]
+
+    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
+        return fx.node.map_arg(args, self._value)
+
+    def _value(self, node: fx.Node) -> Any:
+        value = self.env[node]
+        return value if self._weights is None else self._weights.resolved(value)
 
 
 class Capture:
     """A backend for ``torch.compile`` that keeps what it finds and runs the graph through ``handler``."""
 
     def __init__(
-        self, eligible: Callable[[str], str | None], separate_gates: bool = False, min_features: int = 0
+        self,
+        weights: Weights,
+        eligible: Callable[[str], str | None],
+        separate_gates: bool = False,
+        min_features: int = 0,
     ) -> None:
+        self._weights = weights
         self.handler: Handler | None = None
         self.entry: CodeType | None = None  # of the frame that calls the model
         self.found: list[Found] = []
@@ -69,7 +85,12 @@ class Capture:
         self.found.append(found)
         traced: Sequence[Any] = getattr(TracingContext.try_get(), "traced_code", None) or ()
         self.codes.extend([code for code in traced if id(code) == id(self.entry)] or traced)
-        return lambda *args: SiteInterpreter(gm, found.matches, self._current()).run(*args)
+
+        def run(*args: Any) -> Any:
+            with self._weights.loaded_again():
+                return SiteInterpreter(gm, found.matches, self._current(), self._weights).run(*args)
+
+        return run
 
     def _current(self) -> Handler:
         if self.handler is None:
@@ -80,12 +101,14 @@ class Capture:
 @contextmanager
 def capturing(
     model: torch.nn.Module,
+    weights: Weights,
     eligible: Callable[[str], str | None] = lambda name: None,
     separate_gates: bool = False,
     min_features: int = 0,
 ) -> Iterator[tuple[Callable[..., Any], Capture]]:
     """Yields (the model as a callable whose graphs run through ``capture.handler``, the capture).
 
+    Meanwhile the model is in evaluation mode, on one device (``Weights``), its parameters without gradients.
     Afterwards Dynamo forgets these graphs, so that nothing stays alive and later compilations start clean. Dynamo keeps
     graphs by code object: the model is called from one of this capture's own, so that what the user has compiled stays.
     Only of a model with graph breaks, whose parts have no frame but their own, is that compiled again.
@@ -94,11 +117,16 @@ def capturing(
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    capture = Capture(eligible, separate_gates, min_features)
+    capture = Capture(weights, eligible, separate_gates, min_features)
     capture.entry = code = call.__code__.replace(co_name=f"rana_capture_{next(_CAPTURES)}")
     entry = FunctionType(code, call.__globals__, closure=call.__closure__)
     limits = torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024)
-    with limits, torch.enable_grad():  # one gradient mode for all passes: tracing takes longer than running
+    with (
+        weights.stand_ins(),
+        _undisturbed(model),
+        limits,
+        torch.enable_grad(),
+    ):  # one gradient mode for all passes: tracing takes longer than running
         try:
             yield torch.compile(entry, backend=capture), capture
         finally:
@@ -121,7 +149,7 @@ def _forget(codes: Sequence[CodeType]) -> None:
 
 
 @contextmanager
-def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode, no parameter gradients and nothing compiled inside; the model as it was afterwards.
 
     What ``module.compile`` left in a module would run instead of the module that is to be looked at.

@@ -6,7 +6,6 @@ streamed; per site only a bounded sample of rows (and second moments for bases) 
 
 import logging
 import platform
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +24,8 @@ from rana_compile.data import Batch, as_batches, rows_of
 from rana_compile.fitting import Candidate, Evidence
 from rana_compile.flops import bytes_read, dense_flops, total_dense_flops
 from rana_compile.objective import summed_loss
-from rana_compile.passes.interpret import Capture, Handler, capturing, undisturbed
+from rana_compile.offload import SiteWeights, Weights
+from rana_compile.passes.interpret import Capture, Handler, capturing
 from rana_compile.passes.match import Found
 from rana_compile.passes.mlp import hidden_function
 from rana_compile.passes.record import Recorder, dense_handler
@@ -150,17 +150,16 @@ def calibration(
     the progress bar counts on. The checkpoint is removed when the block ends well.
     """
     processes = Processes(group)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    _check_whole(parameters)
+    parameters = Weights(model)
+    parameters.check_whole()
     keep = parameter_filter(include, exclude, list(parameters))
-    device = next((p.device for p in parameters.values()), torch.device("cpu"))
-    data = as_batches(batches, device)
+    data = as_batches(batches, parameters.device)
     _check_vocabulary(model, data)
     processes.check_same(
         str([rows_of(batch) for batch in data]),
         "the sizes of the batches differ between processes; give each as many batches of the same sizes",
     )
-    with undisturbed(model), capturing(model, keep, separate_gates) as (run, capture):
+    with capturing(model, parameters, keep, separate_gates) as (run, capture):
         with Progress(progress, (1 + 2 * fits) * len(data)) as bar:
             kept = Checkpoint(processes.own(checkpoint)) if isinstance(checkpoint, str | PathLike) else checkpoint
             settings = (separate_gates, [keep(name) for name in parameters])
@@ -223,20 +222,6 @@ def check_recipe(recipe: str | Recipe, target: Target) -> None:
         raise ConfigError(f"unknown recipe {recipe!r}; known recipes: {', '.join(RECIPES)}")
     if target.unit != "flops" and recipe not in GLOBAL:
         raise ConfigError(f"this recipe takes flops_budget only; {target.unit} needs one of {', '.join(GLOBAL)}")
-
-
-def _check_whole(parameters: Mapping[str, Tensor]) -> None:
-    """Raises ConfigError for weights that are not all here."""
-    for name, p in parameters.items():
-        if "torch.distributed.tensor" in sys.modules and isinstance(p, torch.distributed.tensor.DTensor):
-            raise ConfigError(
-                f"{name} is sharded over processes (a DTensor); calibrate before fully_shard or parallelize_module"
-            )
-        if p.is_meta:
-            raise ConfigError(
-                f"{name} has no values here (device 'meta'): accelerate offloads it, or the model was never loaded; "
-                "calibrate with all weights in memory (device_map=None)"
-            )
 
 
 def _check_vocabulary(model: torch.nn.Module, data: Sequence[Batch]) -> None:
@@ -374,8 +359,7 @@ class Session:
         return max(64, min(rows, MAX_SAMPLE_ROWS // n, SAMPLE_BYTES // max(per_row, 1) // n))
 
     def _evidence(self, site: Site, sample: Sample, recorder: Recorder) -> Evidence:
-        weights = site.oriented([self.parameters[name].detach() for name in site.weights])
-        return Evidence(site, weights, sample, recorder.moment(site))
+        return Evidence(site, SiteWeights(self.parameters, site), sample, recorder.moment(site))
 
     def _mlps(self, found: Found, recorder: Recorder) -> list[Mlp]:
         by_weights = {site.weights: site for site in recorder.samples}

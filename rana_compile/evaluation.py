@@ -9,7 +9,8 @@ import torch
 
 from rana_compile.data import as_batches
 from rana_compile.flops import total_dense_flops
-from rana_compile.passes.interpret import capturing, undisturbed
+from rana_compile.offload import Weights
+from rana_compile.passes.interpret import capturing
 from rana_compile.passes.record import Adapted
 from rana_compile.plan import Plan
 
@@ -64,15 +65,14 @@ def running(
     names = {name for s in plan.sites for name in s.site.weights}
     separate = any(s.site.kind == "gate" for s in plan.sites)
     eligible = lambda name: None if name in names else "not in the plan"  # noqa: E731
-    with undisturbed(model), capturing(model, eligible, separate) as (run, capture):
+    with capturing(model, Weights(model), eligible, separate) as (run, capture):
         capture.handler = handler
         yield run
 
 
 def measure_cost(model: torch.nn.Module, plan: Plan | str | PathLike[str], batches: Iterable[Any]) -> float:
     """Realised FLOPs per token on other data, as a share of the dense FLOPs of the plan's sites."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with adapted(model, plan) as run:
-        for batch in as_batches(batches, device):
+        for batch in as_batches(batches, Weights(model).device):
             run(**batch)
         return run.flops_kept

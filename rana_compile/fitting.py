@@ -20,6 +20,7 @@ from rana_compile.adapters import FAMILIES, Tensors, adapter_flops
 from rana_compile.allocation import Option, combined
 from rana_compile.flops import dense_flops
 from rana_compile.kernels.reference import ACTIVATIONS
+from rana_compile.offload import SiteWeights
 from rana_compile.probe import Tokens
 from rana_compile.statistics import Sample
 from rana_compile.types import ConfigError, Site
@@ -60,15 +61,19 @@ class Evidence:
     moment: Tensor | None = None
 
     @property
+    def device(self) -> torch.device:
+        return self.weights.device if isinstance(self.weights, SiteWeights) else self.weights[0].device
+
+    @property
     def x(self) -> Tensor:
         """Inputs [rows, d_in], float32."""
         assert self.sample.x is not None
-        return self.sample.x[: self.sample.rows].to(self.weights[0].device).float()
+        return self.sample.x[: self.sample.rows].to(self.device).float()
 
     @property
     def u(self) -> Tensor | None:
         """Input gradients [rows, d_in], float32, or None without gradients."""
-        u = self.sample.gradients(self.weights[0].device)
+        u = self.sample.gradients(self.device)
         return None if u is None else u.sum(1)
 
     @property
@@ -78,7 +83,7 @@ class Evidence:
 
     def part(self, index: int) -> "Part":
         """One linear of the stack."""
-        u = self.sample.gradients(self.weights[0].device)
+        u = self.sample.gradients(self.device)
         return Part(self.x, None if u is None else u[:, index], self.weights[index].detach().float().square().sum(0))
 
 
@@ -271,7 +276,7 @@ def rank_candidates(evidence: Evidence) -> Iterator[Candidate]:
     site = evidence.site
     if site.d_out < TALL * site.d_in:
         return
-    rows = evidence.sample.fresh[: evidence.sample.rows].to(evidence.weights[0].device)
+    rows = evidence.sample.fresh[: evidence.sample.rows].to(evidence.device)
     if not rows.any():  # of one batch only: no tokens are left to price the basis on
         return
     output_basis, pull = output_basis_of(evidence)

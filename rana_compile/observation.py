@@ -10,6 +10,7 @@ from rana_compile.adapters import FAMILIES, Tensors
 from rana_compile.data import as_batches
 from rana_compile.evaluation import running
 from rana_compile.flops import dense_flops
+from rana_compile.offload import Weights
 from rana_compile.page import layer_of
 from rana_compile.passes.record import Adapted, flat_rows
 from rana_compile.picture import QUANTILES, Observed
@@ -28,11 +29,10 @@ def observe(
 
     Raises PlanError if the plan belongs to other weights.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     looked_at = _looked_at(plan)
     handler = _Watching({s.site: (s.family, s.tensors) for s in plan.adapted}, looked_at)
     with running(model, plan, handler) as run, torch.no_grad():
-        for batch in as_batches(batches, device):
+        for batch in as_batches(batches, Weights(model).device):
             run(**batch)
             progress()
     levels = torch.tensor(QUANTILES, dtype=torch.float64)

@@ -9,7 +9,8 @@ import torch
 from rana_compile.backend import is_decode
 from rana_compile.config import BackendOptions
 from rana_compile.flops import dense_flops
-from rana_compile.passes.interpret import capturing, undisturbed
+from rana_compile.offload import Weights
+from rana_compile.passes.interpret import capturing
 from rana_compile.passes.match import Match
 from rana_compile.passes.record import dense_handler
 from rana_compile.plan import Plan, SitePlan
@@ -74,10 +75,10 @@ def explain(
     """
     parsed = BackendOptions.parse(options)
     plan = None if parsed.plan is None else Plan.of(parsed.plan)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    keep = _within(plan, parameter_filter(parsed.include, parsed.exclude, list(parameters)))
+    weights_of = Weights(model)
+    keep = _within(plan, parameter_filter(parsed.include, parsed.exclude, list(weights_of)))
     separate = any(s.site.kind == "gate" for s in plan.sites) if plan else parsed.recipe in SEPARATE_GATES
-    with undisturbed(model), capturing(model, keep, separate, parsed.least_features) as (run, capture):
+    with capturing(model, weights_of, keep, separate, parsed.least_features) as (run, capture):
         capture.handler = dense_handler
         with torch.no_grad():
             run(*inputs, **kwargs)

@@ -19,6 +19,7 @@ from torch import Tensor
 from rana_compile.adapters import FAMILIES, Tensors
 from rana_compile.files import replacing
 from rana_compile.flops import dense_flops, total_dense_flops
+from rana_compile.offload import Weights
 from rana_compile.types import ConfigError, PlanError, Site, Skipped
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class Plan:
 
         Without ``values`` the weights may have been trained since.
         """
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = Weights(model)
         for entry in self.sites:
             if missing := [name for name in entry.site.weights if name not in parameters]:
                 raise PlanError(f"the plan is for another model: this one has no parameter {missing[0]!r}")

@@ -22,6 +22,7 @@ LAYERS = (
         "text",
         "loading",
         "environment",
+        "offload",
         "sampling",
         "processes",
     },

@@ -1,6 +1,7 @@
-"""Beside other tools: torch.export, TORCH_LOGS, TORCH_TRACE, pipelines, the harness, model directories."""
+"""Beside other tools: torch.export, TORCH_LOGS, TORCH_TRACE, pipelines, the harness, trl, model directories."""
 
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -121,3 +122,27 @@ def test_the_harness_scores_a_compiled_model(monkeypatch: pytest.MonkeyPatch) ->
     assert {k: v for k, v in scores.items() if k.startswith("acc,")} == {
         k: v for k, v in dense.items() if k.startswith("acc,")
     }
+
+
+def test_trls_trainer_trains_a_compiled_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    model, _ = build("Llama", layers=1)
+    plan = rana_compile.calibrate(model, tokens(4), 0.6, "neuron", exclude="lm_head", progress=False)  # read in chunks
+    model.requires_grad_(True).compile(backend="rana", options={"plan": plan, "compiler": "aot_eager"})
+    names = set(model.state_dict())
+    (ids,) = tokens(1)
+    settings = {"max_steps": 8, "per_device_train_batch_size": 1, "learning_rate": 1e-2, "max_length": ids.shape[1]}
+    arguments = SFTConfig(
+        str(tmp_path), **settings, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True
+    )
+    data = Dataset.from_dict({"input_ids": ids.tolist() * 8})
+    trainer = SFTTrainer(model, args=arguments, train_dataset=data, processing_class=byte_tokenizer())
+    with caplog.at_level(logging.INFO, "rana_compile.backend"):
+        trainer.train()
+    assert f"adapted {len(plan.adapted)} of {len(plan.sites)} sites" in caplog.text
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    trainer.save_model(str(tmp_path / "final"))
+    assert set(type(model).from_pretrained(tmp_path / "final").state_dict()) == names
