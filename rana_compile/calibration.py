@@ -5,6 +5,7 @@ streamed; per site only a bounded sample of rows (and second moments for bases) 
 """
 
 import logging
+import math
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,10 +22,10 @@ from rana_compile.allocation import Option
 from rana_compile.binding import succeed
 from rana_compile.checkpoint import Checkpoint, fingerprint
 from rana_compile.correction import MAX_REFITS, Fitted, Fitter, Problem, Target, thinned
-from rana_compile.data import Batch, as_batches, rows_of
+from rana_compile.data import Batch, as_batches, check_enough, rows_of
 from rana_compile.fitting import Candidate, Evidence
 from rana_compile.flops import bytes_read, dense_flops, total_dense_flops
-from rana_compile.objective import summed_loss
+from rana_compile.objective import main_output, summed_loss
 from rana_compile.passes.interpret import Capture, Handler, capturing, undisturbed
 from rana_compile.passes.match import Found
 from rana_compile.passes.mlp import hidden_function
@@ -151,11 +152,13 @@ def calibration(
     """
     processes = Processes(group)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    _check_whole(parameters)
+    _check_weights(parameters)
     keep = parameter_filter(include, exclude, list(parameters))
     device = next((p.device for p in parameters.values()), torch.device("cpu"))
     data = as_batches(batches, device)
     _check_vocabulary(model, data)
+    if all("input_ids" in batch for batch in data):  # of other data the recorder knows how many rows a linear sees
+        check_enough(sum(map(rows_of, data)))
     processes.check_same(
         str([rows_of(batch) for batch in data]),
         "the sizes of the batches differ between processes; give each as many batches of the same sizes",
@@ -219,14 +222,14 @@ def split_held_back(data: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 
 def check_recipe(recipe: str | Recipe, target: Target) -> None:
-    if isinstance(recipe, str) and recipe not in RECIPES:
-        raise ConfigError(f"unknown recipe {recipe!r}; known recipes: {', '.join(RECIPES)}")
+    if recipe not in RECIPES if isinstance(recipe, str) else not callable(recipe):
+        raise ConfigError(f"unknown recipe {recipe!r}; known recipes: {', '.join(RECIPES)}, or a callable")
     if target.unit != "flops" and recipe not in GLOBAL:
         raise ConfigError(f"this recipe takes flops_budget only; {target.unit} needs one of {', '.join(GLOBAL)}")
 
 
-def _check_whole(parameters: Mapping[str, Tensor]) -> None:
-    """Raises ConfigError for weights that are not all here."""
+def _check_weights(parameters: Mapping[str, Tensor]) -> None:
+    """Raises ConfigError for weights that are not all here, or are no numbers."""
     for name, p in parameters.items():
         if "torch.distributed.tensor" in sys.modules and isinstance(p, torch.distributed.tensor.DTensor):
             raise ConfigError(
@@ -237,6 +240,19 @@ def _check_whole(parameters: Mapping[str, Tensor]) -> None:
                 f"{name} has no values here (device 'meta'): accelerate offloads it, or the model was never loaded; "
                 "calibrate with all weights in memory (device_map=None)"
             )
+        if _is_broken(p.detach()):
+            raise ConfigError(
+                f"{name} holds NaN or infinity, so the model computes neither; load its weights again, or look at what "
+                "made them"
+            )
+
+
+def _is_broken(weight: Tensor) -> bool:
+    """One pass, no copy. Infinity is allowed in vectors: masks are sometimes parameters."""
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2 or not weight.numel():
+        return False
+    least, most = map(float, weight.aminmax())
+    return math.isnan(least) or (weight.dim() > 1 and not -math.inf < least <= most < math.inf)
 
 
 def _check_vocabulary(model: torch.nn.Module, data: Sequence[Batch]) -> None:
@@ -337,7 +353,7 @@ class Session:
             recorder.basis_rows = i % 2 == 1 or len(batches) == 1
             output = self.run_with(recorder, batch)
             if recorder.samples:
-                summed_loss(output, generator).backward()
+                self._loss(output, generator, i).backward()
             if self._checkpoint is not None:
                 self._checkpoint.keep(i + 1, recorder, generator, last=i + 1 == len(batches))
             self.bar.step()
@@ -351,8 +367,19 @@ class Session:
                 "calibrates part by part"
             )
         recorder.gather(self._processes)
+        check_enough(max(sample.seen for sample in recorder.samples.values()))
         self._recorder = recorder
         return recorder
+
+    def _loss(self, output: Any, generator: torch.Generator, batch: int) -> Tensor:
+        if (main_output(output) < math.inf).all():  # logits of minus infinity rule a token out
+            loss = summed_loss(output, generator)
+            if torch.isfinite(loss):
+                return loss
+        raise RanaError(
+            f"the model's output holds NaN or infinity on calibration batch {batch}; check the model and the data, or "
+            "use a wider dtype"
+        )
 
     def _recorded_before(self, batches: Sequence[Batch], recorder: Recorder, generator: torch.Generator) -> int:
         """How many batches the checkpoint holds, which are in the recorder then."""
