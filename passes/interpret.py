@@ -104,7 +104,16 @@ def capturing(
         finally:
             capture.handler = None
             capture.found.clear()
-            _forget(capture.codes)
+            to_the_end(lambda: _forget(capture.codes))
+
+
+def to_the_end(restore: Callable[[], None]) -> None:
+    """Restore what may be restored twice. A Ctrl-C in the middle of it is raised when it is done."""
+    try:
+        restore()
+    except KeyboardInterrupt:
+        restore()
+        raise
 
 
 def _forget(codes: Sequence[CodeType]) -> None:
@@ -129,6 +138,15 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
     training = {module: module.training for module in model.modules()}
     wanted = [p for p in model.parameters() if p.requires_grad]
+
+    def restore() -> None:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
+        for module, flag in training.items():
+            module.training = flag
+        for p in wanted:
+            p.requires_grad_(True)
+
     try:
         model.eval()
         for p in wanted:
@@ -137,9 +155,4 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
             module._compiled_call_impl = None
         yield
     finally:
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
-        for module, flag in training.items():
-            module.training = flag
-        for p in wanted:
-            p.requires_grad_(True)
+        to_the_end(restore)

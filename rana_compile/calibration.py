@@ -5,9 +5,7 @@ streamed; per site only a bounded sample of rows (and second moments for bases) 
 """
 
 import logging
-import math
 import platform
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,11 +19,13 @@ from rana_compile.adapters import Tensors
 from rana_compile.allocation import Option
 from rana_compile.binding import succeed
 from rana_compile.checkpoint import Checkpoint, fingerprint
+from rana_compile.checks import check_vocabulary, check_weights
 from rana_compile.correction import MAX_REFITS, Fitted, Fitter, Problem, Target, thinned
 from rana_compile.data import Batch, as_batches, check_enough, rows_of
 from rana_compile.fitting import Candidate, Evidence
 from rana_compile.flops import bytes_read, dense_flops, total_dense_flops
-from rana_compile.objective import main_output, summed_loss
+from rana_compile.memory import naming_remedy
+from rana_compile.objective import summed_loss
 from rana_compile.passes.interpret import Capture, Handler, capturing, undisturbed
 from rana_compile.passes.match import Found
 from rana_compile.passes.mlp import hidden_function
@@ -42,6 +42,10 @@ log = logging.getLogger(__name__)
 SAMPLE_BYTES = 1_000_000_000  # for all samples together
 MAX_SAMPLE_ROWS = 4096
 RECORD_TOKENS = 8192  # for which gradients are computed
+LESS_MEMORY = (
+    "batches of fewer tokens need less, since activations and gradients of one batch are held at a time; so do a model "
+    "in bfloat16 and fewer layers (include, exclude)"
+)
 
 
 def calibrate(
@@ -86,6 +90,7 @@ def calibrate(
 
     Raises:
         ConfigError: bad arguments or data, or a budget that cannot be reached.
+        OutOfMemoryError: of the device or the machine; it says what needs less.
         RanaError: nothing to adapt, or non-finite activations.
     """
     target = Target.of(flops_budget, bytes_budget, max_loss_increase)
@@ -152,18 +157,18 @@ def calibration(
     """
     processes = Processes(group)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    _check_weights(parameters)
+    check_weights(parameters)
     keep = parameter_filter(include, exclude, list(parameters))
     device = next((p.device for p in parameters.values()), torch.device("cpu"))
     data = as_batches(batches, device)
-    _check_vocabulary(model, data)
+    check_vocabulary(model, data)
     if all("input_ids" in batch for batch in data):  # of other data the recorder knows how many rows a linear sees
         check_enough(sum(map(rows_of, data)))
     processes.check_same(
         str([rows_of(batch) for batch in data]),
         "the sizes of the batches differ between processes; give each as many batches of the same sizes",
     )
-    with undisturbed(model), capturing(model, keep, separate_gates) as (run, capture):
+    with naming_remedy(LESS_MEMORY), undisturbed(model), capturing(model, keep, separate_gates) as (run, capture):
         with Progress(progress, (1 + 2 * fits) * len(data)) as bar:
             kept = Checkpoint(processes.own(checkpoint)) if isinstance(checkpoint, str | PathLike) else checkpoint
             settings = (separate_gates, [keep(name) for name in parameters])
@@ -226,46 +231,6 @@ def check_recipe(recipe: str | Recipe, target: Target) -> None:
         raise ConfigError(f"unknown recipe {recipe!r}; known recipes: {', '.join(RECIPES)}, or a callable")
     if target.unit != "flops" and recipe not in GLOBAL:
         raise ConfigError(f"this recipe takes flops_budget only; {target.unit} needs one of {', '.join(GLOBAL)}")
-
-
-def _check_weights(parameters: Mapping[str, Tensor]) -> None:
-    """Raises ConfigError for weights that are not all here, or are no numbers."""
-    for name, p in parameters.items():
-        if "torch.distributed.tensor" in sys.modules and isinstance(p, torch.distributed.tensor.DTensor):
-            raise ConfigError(
-                f"{name} is sharded over processes (a DTensor); calibrate before fully_shard or parallelize_module"
-            )
-        if p.is_meta:
-            raise ConfigError(
-                f"{name} has no values here (device 'meta'): accelerate offloads it, or the model was never loaded; "
-                "calibrate with all weights in memory (device_map=None)"
-            )
-        if _is_broken(p.detach()):
-            raise ConfigError(
-                f"{name} holds NaN or infinity, so the model computes neither; load its weights again, or look at what "
-                "made them"
-            )
-
-
-def _is_broken(weight: Tensor) -> bool:
-    """One pass, no copy. Infinity is allowed in vectors: masks are sometimes parameters."""
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2 or not weight.numel():
-        return False
-    least, most = map(float, weight.aminmax())
-    return math.isnan(least) or (weight.dim() > 1 and not -math.inf < least <= most < math.inf)
-
-
-def _check_vocabulary(model: torch.nn.Module, data: Sequence[Batch]) -> None:
-    getter: Any = getattr(model, "get_input_embeddings", None)
-    embeddings = getter() if getter else None
-    size = getattr(embeddings, "num_embeddings", None)
-    for i, batch in enumerate(data):
-        ids = batch.get("input_ids")
-        if size and ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < size:
-            worst = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-            raise ConfigError(
-                f"batch {i} holds token id {worst}; this model's vocabulary is 0 to {size - 1}: use its own tokenizer"
-            )
 
 
 class Session:
@@ -353,7 +318,7 @@ class Session:
             recorder.basis_rows = i % 2 == 1 or len(batches) == 1
             output = self.run_with(recorder, batch)
             if recorder.samples:
-                self._loss(output, generator, i).backward()
+                summed_loss(output, generator).backward()
             if self._checkpoint is not None:
                 self._checkpoint.keep(i + 1, recorder, generator, last=i + 1 == len(batches))
             self.bar.step()
@@ -370,16 +335,6 @@ class Session:
         check_enough(max(sample.seen for sample in recorder.samples.values()))
         self._recorder = recorder
         return recorder
-
-    def _loss(self, output: Any, generator: torch.Generator, batch: int) -> Tensor:
-        if (main_output(output) < math.inf).all():  # logits of minus infinity rule a token out
-            loss = summed_loss(output, generator)
-            if torch.isfinite(loss):
-                return loss
-        raise RanaError(
-            f"the model's output holds NaN or infinity on calibration batch {batch}; check the model and the data, or "
-            "use a wider dtype"
-        )
 
     def _recorded_before(self, batches: Sequence[Batch], recorder: Recorder, generator: torch.Generator) -> int:
         """How many batches the checkpoint holds, which are in the recorder then."""

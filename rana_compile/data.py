@@ -17,9 +17,8 @@ def as_batches(batches: Iterable[Any], device: torch.device) -> list[Batch]:
 
     Raises ConfigError naming what is wrong with the first unusable batch.
     """
-    if isinstance(batches, Tensor | Mapping | str) or not (
-        hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
-    ):
+    iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if isinstance(batches, Tensor | Mapping | str) or not iterable:
         raise ConfigError(
             f"batches is a {type(batches).__name__}; expected an iterable of token tensors [batch, length] or dicts"
         )
@@ -71,8 +70,8 @@ def _tensor(value: Any, index: int, name: str) -> Tensor:
         return value if isinstance(value, Tensor) else torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ConfigError(
-            f"batch {index} holds no tensor in {name!r} ({error}); expected numbers in rows of one length: pad them, or "
-            "give rows of other lengths in batches of their own"
+            f"batch {index} holds no tensor in {name!r} ({error}); expected numbers in rows of one length: pad them, "
+            "or give rows of other lengths in batches of their own"
         ) from error
 
 

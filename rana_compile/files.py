@@ -28,11 +28,11 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
-def check_writable(target: str | os.PathLike[str]) -> None:
-    """Raises WriteError unless a file can be made there: to be asked before the work, not after it."""
+def check_writable(target: str | os.PathLike[str], room: int = 4096) -> None:
+    """Raises WriteError unless a file of ``room`` bytes can be made there: to be asked before the work, not after."""
     path = Path(target)
     with _explained(path), _directory_beside(path) as directory:
-        (directory / path.name).write_bytes(b"\0")
+        (directory / path.name).write_bytes(bytes(room))
 
 
 @contextmanager

@@ -85,8 +85,8 @@ def _check_reachable(options: Sequence[Sequence[Option]], budget: float) -> None
     least, dense = (sum(pick(each) for each in options) for pick in (_least, lambda each: each[0].cost))
     if least > budget * (1 + ROUNDING):
         raise ConfigError(
-            f"a budget of {budget / dense:.1%} cannot be reached: the cheapest adapters keep {least / dense:.1%} of what "
-            "the included weights cost; raise the budget"
+            f"a budget of {budget / dense:.1%} cannot be reached: the cheapest adapters keep {least / dense:.1%} of "
+            "what the included weights cost; raise the budget"
         )
 
 

@@ -70,7 +70,8 @@ class Site:
         Raises KeyError if a field is missing, ValueError if one cannot be true of any site.
         """
         given: dict[str, Any] = {f.name: document[f.name] for f in fields(cls)}
-        site = cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+        site = cls(**values)
         possible = {
             "name": isinstance(site.name, str),
             "kind": site.kind in get_args(SiteKind),

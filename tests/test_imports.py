@@ -20,6 +20,8 @@ LAYERS = (
         "data",
         "files",
         "documents",
+        "checks",
+        "memory",
         "text",
         "loading",
         "environment",
