@@ -7,8 +7,12 @@ done; 130 interrupted. A command is a module of this package with ``run(settings
 
 import argparse
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from threading import current_thread, main_thread
+from typing import Any
 
 from rana_compile.cli.arguments import parser
 from rana_compile.memory import is_out_of_memory
@@ -34,8 +38,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(settings: argparse.Namespace) -> int:
     from rana_compile.cli.screen import Screen
 
-    command = import_module(f"rana_compile.cli.{settings.command}")
+    with _interrupts_remembered():
+        command = import_module(f"rana_compile.cli.{settings.command}")
     return int(command.run(settings, Screen(settings.json, settings.quiet)))
+
+
+@contextmanager
+def _interrupts_remembered() -> Iterator[None]:
+    """A Ctrl-C that code in C swallows, as torch does while it imports numpy, is raised at the end of the block."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or current_thread() is not main_thread():
+        yield
+        return
+    seen: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if seen:
+            raise KeyboardInterrupt
 
 
 def _failed(settings: argparse.Namespace, text: str, status: int) -> int:
