@@ -10,6 +10,7 @@ A case is a function of ``outcome.Case`` in a tuple ``CASES``. Exit status 1 if 
 import argparse
 import datetime
 import json
+import logging
 import platform
 import sys
 import tempfile
@@ -19,7 +20,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import bad_inputs
 import faults
+import interrupts
 import torch
 from outcome import Case, Outcome
 from rich.console import Console
@@ -27,7 +30,7 @@ from rich.table import Table
 
 from rana_compile.files import replacing
 
-CASES: tuple[Case, ...] = (*faults.CASES,)
+CASES: tuple[Case, ...] = (*faults.CASES, *interrupts.CASES, *bad_inputs.CASES)
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 MARKS = "<!-- table -->\n", "<!-- end of table -->\n"
 console = Console(width=120, highlight=False)
@@ -35,6 +38,7 @@ console = Console(width=120, highlight=False)
 
 def main() -> int:
     settings = parse_arguments()
+    logging.getLogger("rana_compile").setLevel(logging.ERROR)  # warnings are what many cases are made to cause
     chosen = [case for case in CASES if not settings.only or name_of(case) in settings.only]
     outcomes = []
     for case in chosen:
