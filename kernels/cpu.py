@@ -1,8 +1,8 @@
 """Build the C++ kernels once per machine and load them.
 
 The library lies in a cache directory under a name that hashes everything it depends on (source, PyTorch,
-compiler, processor flags); it is compiled to a temporary name and renamed, so that processes may race and
-a killed build leaves nothing behind. Without a compiler the plain reference is registered, with a warning.
+compiler, processor flags); it is compiled to a temporary name and renamed, so that processes may race and the next
+build clears up after a killed one. Without a compiler the plain reference is registered, with a warning.
 """
 
 import hashlib
@@ -12,19 +12,22 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rana_compile.files import check_writable, replacing
 from rana_compile.kernels import reference
 from rana_compile.kernels.ops import LIBRARY, NAMES
-from rana_compile.types import RanaError
+from rana_compile.types import RanaError, WriteError
 
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", "-std=c++20")
+ROOM = 1 << 21  # bytes that the library may take
 
 
 def register() -> None:
@@ -38,7 +41,14 @@ def register() -> None:
         for name in NAMES:
             LIBRARY.impl(name, getattr(reference, name), "CPU")
         return
-    torch.ops.load_library(build(compiler, cache_directory()))
+    name = f"cpu_{_fingerprint(compiler)}.so"
+    ready = wanted_directory() / name  # a read-only one will do
+    if ready.exists():
+        try:
+            return torch.ops.load_library(ready)
+        except OSError as error:
+            log.warning("%s cannot be loaded (%s): building it anew", ready, error)
+    torch.ops.load_library(build(compiler, cache_directory() / name))
 
 
 def masked_is_faster(rows: int, *_: Any) -> bool:
@@ -53,36 +63,45 @@ def find_compiler() -> str | None:
     )
 
 
-def cache_directory() -> Path:
-    """$RANA_COMPILE_CACHE, else the user's cache directory; a temporary one, with a warning, if that is read-only."""
+def wanted_directory() -> Path:
+    """$RANA_COMPILE_CACHE, else the user's cache directory."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(os.environ.get("RANA_COMPILE_CACHE") or Path(home) / "rana_compile")
+    return Path(os.environ.get("RANA_COMPILE_CACHE") or Path(home) / "rana_compile")
+
+
+def cache_directory() -> Path:
+    """``wanted_directory``, or a temporary one, with a warning, if that is read-only or its disk full.
+
+    Raises WriteError if there is no place at all.
+    """
+    return _usable(wanted_directory())
+
+
+@cache
+def _usable(path: Path) -> Path:
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
-    except OSError as error:
-        fallback = Path(tempfile.mkdtemp(prefix="rana_compile_"))
-        log.warning("cannot write to %s (%s): kernels are built in %s for this run only", path, error, fallback)
+        check_writable(path / "library", ROOM)
+        return path
+    except WriteError as error:
+        try:
+            fallback = Path(tempfile.mkdtemp(prefix="rana_compile_"))
+        except OSError as second:
+            raise WriteError(f"{error}; temporary files cannot be written either ({second})") from error
+        log.warning("%s (or set RANA_COMPILE_CACHE): kernels are built in %s for this run only", error, fallback)
         return fallback
 
 
-def build(compiler: str, directory: Path) -> Path:
-    """The compiled library in ``directory``, built if it is not there. Raises RanaError with the compiler's words."""
-    library = directory / f"cpu_{_fingerprint(compiler)}.so"
-    if library.exists():
-        return library
-    log.info("building CPU kernels in %s (about half a minute, once per machine)", directory)
-    handle, temporary = tempfile.mkstemp(dir=directory, suffix=".so.tmp")
-    os.close(handle)
-    try:
-        command = [compiler, *FLAGS, str(SOURCE), *_shared_runtime(compiler), *_torch_flags(), "-o", temporary]
+def build(compiler: str, library: Path) -> Path:
+    """The library, compiled. Raises RanaError with the compiler's words."""
+    log.info("building CPU kernels in %s (about half a minute, once per machine)", library.parent)
+    with replacing(library) as temporary:
+        command = [compiler, *FLAGS, str(SOURCE), *_shared_runtime(compiler), *_torch_flags(), "-o", str(temporary)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
-            raise RanaError(f"{compiler} could not build the CPU kernels:\n{result.stderr[-2000:]}")
-        os.replace(temporary, library)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+            raise RanaError(
+                f"{compiler} could not build the CPU kernels in {library.parent} (RANA_COMPILE_CACHE chooses another "
+                f"place, CXX another compiler):\n{result.stderr[-2000:]}"
+            )
     return library
 
 

@@ -10,9 +10,7 @@ import hashlib
 import json
 import logging
 import math
-import os
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from rana_compile.files import replacing
 from rana_compile.kernels.cpu import cache_directory
 
 log = logging.getLogger(__name__)
@@ -93,10 +92,12 @@ def measured(case: Case, run: Run) -> Measured:
     """What was measured for this shape, now or by an earlier process."""
     if case not in _known:
         file = _file(case)
-        if not file.exists():
-            _save(_measure(case, run), file)
-        tile, *times = json.loads(file.read_text())
-        _known[case] = Measured(Tile(*tile), *times)
+        found = _read(file)
+        if found is None:
+            found = _measure(case, run)
+            with replacing(file) as temporary:  # processes may race
+                temporary.write_text(json.dumps(found), encoding="utf-8")
+        _known[case] = found
     return _known[case]
 
 
@@ -121,12 +122,16 @@ def _file(case: Case) -> Path:
     return cache_directory() / f"masked_{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.json"
 
 
-def _save(result: Measured, file: Path) -> None:
-    """Under a temporary name first, so that processes may race."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".json.tmp")
-    with os.fdopen(handle, "w") as stream:
-        json.dump(result, stream)
-    os.replace(temporary, file)
+def _read(file: Path) -> Measured | None:
+    """What an earlier process kept there; None, too, if it is not what one writes."""
+    try:
+        tile, *times = json.loads(file.read_text(encoding="utf-8"))
+        return Measured(Tile(*map(int, tile)), *map(float, times))
+    except FileNotFoundError:
+        return None
+    except (OSError, TypeError, ValueError) as error:
+        log.warning("%s cannot be read (%s): measuring again", file, error)
+        return None
 
 
 def _measure(case: Case, run: Run) -> Measured:

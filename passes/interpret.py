@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch._dynamo.pgo import get_code_state
 from torch._guards import TracingContext
 
+from rana_compile.interrupts import to_the_end
 from rana_compile.offload import Weights
 from rana_compile.passes.expand import expand
 from rana_compile.passes.find import find_sites
@@ -121,18 +122,14 @@ def capturing(
     capture.entry = code = call.__code__.replace(co_name=f"rana_capture_{next(_CAPTURES)}")
     entry = FunctionType(code, call.__globals__, closure=call.__closure__)
     limits = torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024)
-    with (
-        weights.stand_ins(),
-        _undisturbed(model),
-        limits,
-        torch.enable_grad(),
-    ):  # one gradient mode for all passes: tracing takes longer than running
+    # one gradient mode for all passes: tracing takes longer than running
+    with weights.stand_ins(), undisturbed(model), limits, torch.enable_grad():
         try:
             yield torch.compile(entry, backend=capture), capture
         finally:
             capture.handler = None
             capture.found.clear()
-            _forget(capture.codes)
+            to_the_end(lambda: _forget(capture.codes))
 
 
 def _forget(codes: Sequence[CodeType]) -> None:
@@ -149,7 +146,7 @@ def _forget(codes: Sequence[CodeType]) -> None:
 
 
 @contextmanager
-def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
+def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode, no parameter gradients and nothing compiled inside; the model as it was afterwards.
 
     What ``module.compile`` left in a module would run instead of the module that is to be looked at.
@@ -157,6 +154,15 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
     compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
     training = {module: module.training for module in model.modules()}
     wanted = [p for p in model.parameters() if p.requires_grad]
+
+    def restore() -> None:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
+        for module, flag in training.items():
+            module.training = flag
+        for p in wanted:
+            p.requires_grad_(True)
+
     try:
         model.eval()
         for p in wanted:
@@ -165,9 +171,4 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
             module._compiled_call_impl = None
         yield
     finally:
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
-        for module, flag in training.items():
-            module.training = flag
-        for p in wanted:
-            p.requires_grad_(True)
+        to_the_end(restore)

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from rana_compile.sampling import own_text as own_text
     from rana_compile.self_calibration import plan_of as plan_of
     from rana_compile.types import ConfigError as ConfigError
+    from rana_compile.types import OutOfMemoryError as OutOfMemoryError
     from rana_compile.types import PlanError as PlanError
     from rana_compile.types import RanaError as RanaError
+    from rana_compile.types import WriteError as WriteError
 
 _WHERE = {
     "Plan": "plan",
@@ -34,15 +36,19 @@ _WHERE = {
     "own_text": "sampling",
     "plan_of": "self_calibration",
     "ConfigError": "types",
+    "OutOfMemoryError": "types",
     "PlanError": "types",
     "RanaError": "types",
+    "WriteError": "types",
 }
 __all__ = [
     "ConfigError",
     "Exportable",
+    "OutOfMemoryError",
     "Plan",
     "PlanError",
     "RanaError",
+    "WriteError",
     "adapted",
     "calibrate",
     "explain",

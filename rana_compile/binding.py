@@ -14,9 +14,13 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rana_compile.adapters import FAMILIES, Tensors
+from rana_compile.memory import naming_remedy
 from rana_compile.plan import Plan, SitePlan
 from rana_compile.types import PlanError
 
+LESS_MEMORY = (
+    "adapted weights are laid out beside the model's own: leave some of them dense (include, exclude), or use bfloat16"
+)
 Stamp = tuple[tuple[int, int], ...]
 SAMPLE = 4096  # elements of each weight that are remembered
 _THRESHOLDS = {"threshold", "gate_threshold"}  # what a refit changes
@@ -69,13 +73,13 @@ class Bound:
 
     def folded(self, weights: Sequence[Tensor]) -> Tensors:
         if self._folded is None:
-            with plainly():
+            with plainly(), naming_remedy(LESS_MEMORY):
                 self._folded = self._stored | self._derive(weights)
         return self._folded
 
     def packed(self, weights: Sequence[Tensor]) -> Tensors:
         if self._packed is None:
-            with plainly():
+            with plainly(), naming_remedy(LESS_MEMORY):
                 self._packed = self._pack(weights)
         return self._packed
 

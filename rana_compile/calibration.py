@@ -19,10 +19,12 @@ from rana_compile.adapters import Tensors
 from rana_compile.allocation import Option
 from rana_compile.binding import succeed
 from rana_compile.checkpoint import Checkpoint, fingerprint
+from rana_compile.checks import check_vocabulary, check_weights
 from rana_compile.correction import MAX_REFITS, Fitted, Fitter, Problem, Target, thinned
-from rana_compile.data import Batch, as_batches, rows_of
+from rana_compile.data import Batch, as_batches, check_enough, rows_of
 from rana_compile.fitting import Candidate, Evidence
 from rana_compile.flops import bytes_read, dense_flops, total_dense_flops
+from rana_compile.memory import naming_remedy
 from rana_compile.objective import summed_loss
 from rana_compile.offload import SiteWeights, Weights
 from rana_compile.passes.interpret import Capture, Handler, capturing
@@ -41,6 +43,10 @@ log = logging.getLogger(__name__)
 SAMPLE_BYTES = 1_000_000_000  # for all samples together
 MAX_SAMPLE_ROWS = 4096
 RECORD_TOKENS = 8192  # for which gradients are computed
+LESS_MEMORY = (
+    "batches of fewer tokens need less, since activations and gradients of one batch are held at a time; so do a model "
+    "in bfloat16 and fewer layers (include, exclude)"
+)
 
 
 def calibrate(
@@ -85,6 +91,7 @@ def calibrate(
 
     Raises:
         ConfigError: bad arguments or data, or a budget that cannot be reached.
+        OutOfMemoryError: of the device or the machine; it says what needs less.
         RanaError: nothing to adapt, or non-finite activations.
     """
     target = Target.of(flops_budget, bytes_budget, max_loss_increase)
@@ -151,15 +158,17 @@ def calibration(
     """
     processes = Processes(group)
     parameters = Weights(model)
-    parameters.check_whole()
+    check_weights(parameters)
     keep = parameter_filter(include, exclude, list(parameters))
     data = as_batches(batches, parameters.device)
-    _check_vocabulary(model, data)
+    check_vocabulary(model, data)
+    if all("input_ids" in batch for batch in data):  # of other data the recorder knows how many rows a linear sees
+        check_enough(sum(map(rows_of, data)))
     processes.check_same(
         str([rows_of(batch) for batch in data]),
         "the sizes of the batches differ between processes; give each as many batches of the same sizes",
     )
-    with capturing(model, parameters, keep, separate_gates) as (run, capture):
+    with naming_remedy(LESS_MEMORY), capturing(model, parameters, keep, separate_gates) as (run, capture):
         with Progress(progress, (1 + 2 * fits) * len(data)) as bar:
             kept = Checkpoint(processes.own(checkpoint)) if isinstance(checkpoint, str | PathLike) else checkpoint
             settings = (separate_gates, [keep(name) for name in parameters])
@@ -218,23 +227,10 @@ def split_held_back(data: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 
 def check_recipe(recipe: str | Recipe, target: Target) -> None:
-    if isinstance(recipe, str) and recipe not in RECIPES:
-        raise ConfigError(f"unknown recipe {recipe!r}; known recipes: {', '.join(RECIPES)}")
+    if recipe not in RECIPES if isinstance(recipe, str) else not callable(recipe):
+        raise ConfigError(f"unknown recipe {recipe!r}; known recipes: {', '.join(RECIPES)}, or a callable")
     if target.unit != "flops" and recipe not in GLOBAL:
         raise ConfigError(f"this recipe takes flops_budget only; {target.unit} needs one of {', '.join(GLOBAL)}")
-
-
-def _check_vocabulary(model: torch.nn.Module, data: Sequence[Batch]) -> None:
-    getter: Any = getattr(model, "get_input_embeddings", None)
-    embeddings = getter() if getter else None
-    size = getattr(embeddings, "num_embeddings", None)
-    for i, batch in enumerate(data):
-        ids = batch.get("input_ids")
-        if size and ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < size:
-            worst = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-            raise ConfigError(
-                f"batch {i} holds token id {worst}; this model's vocabulary is 0 to {size - 1}: use its own tokenizer"
-            )
 
 
 class Session:
@@ -336,6 +332,7 @@ class Session:
                 "calibrates part by part"
             )
         recorder.gather(self._processes)
+        check_enough(max(sample.seen for sample in recorder.samples.values()))
         self._recorder = recorder
         return recorder
 

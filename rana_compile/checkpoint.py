@@ -6,7 +6,6 @@ The file belongs to the weights, the data and the settings (a hash of all of the
 """
 
 import hashlib
-import json
 import logging
 import os
 import time
@@ -18,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rana_compile import documents
 from rana_compile.data import Batch
-from rana_compile.files import replacing
+from rana_compile.documents import weight_hash
+from rana_compile.files import check_writable
 from rana_compile.passes.record import Recorder
-from rana_compile.plan import weight_hash
 from rana_compile.statistics import Sample
 from rana_compile.types import Site
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "rana_compile_recording"
 PATIENCE = 10.0  # a write may take the tenth part of the time since the last one
 
@@ -47,30 +47,36 @@ class Checkpoint:
         self._due = time.monotonic() + every
 
     def restore(self, fingerprint: str, recorder: Recorder, generator: torch.Generator) -> int:
-        """Fill the recorder and the generator from the file. Returns how many batches it holds, 0 without a file."""
+        """Fill the recorder and the generator from the file. Returns how many batches it holds, 0 without a file.
+
+        A damaged file, or one of other weights, data or settings, is as good as none, with a warning. Raises WriteError
+        if none can be written there.
+        """
         self._fingerprint = fingerprint
+        check_writable(self._path)  # rather now than after the first minutes
         try:
-            document, tensors = _read(self._path)
+            document, tensors = documents.load(self._path, _KEY)
         except FileNotFoundError:
             return 0
-        except (OSError, ValueError, KeyError) as error:
-            log.warning("%s is not a readable recording (%s): recording from the start", self._path, error)
-            return 0
+        except (OSError, ValueError) as error:
+            return self._refused(f"is not a readable recording ({error})")
         if document.get("format") != FORMAT or document.get("fingerprint") != fingerprint:
-            log.warning("%s belongs to other weights, data or settings: recording from the start", self._path)
-            return 0
-        for i, entry in enumerate(document["sites"]):
-            site = Site.of(entry["site"])
-            mine = {key.partition(".")[2]: t for key, t in tensors.items() if key.startswith(f"{i}.")}
-            moment = mine.pop("moment", None)
-            recorder.samples[site] = Sample.of(entry["sample"], mine)
-            if moment is not None:
-                device = entry["device"]
-                recorder.moments[site] = (moment.to(device), entry["moment_rows"])
-        generator.set_state(tensors["generator"])
-        done: int = document["batches"]
+            return self._refused("belongs to other weights, data or settings")
+        try:
+            documents.check(document, tensors)
+            samples, moments = _recorded(document, tensors)
+            done = int(document["batches"])
+            generator.set_state(tensors["generator"])
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            return self._refused(f"is not a readable recording ({error})")
+        recorder.samples |= samples
+        recorder.moments |= moments
         log.info("%s: %d batches were recorded before", self._path, done)
         return done
+
+    def _refused(self, why: str) -> int:
+        log.warning("%s %s: recording from the start", self._path, why)
+        return 0
 
     def keep(self, batches: int, recorder: Recorder, generator: torch.Generator, last: bool = False) -> None:
         """Write what was recorded of the first ``batches``, if it is time or these were the last."""
@@ -85,8 +91,6 @@ class Checkpoint:
         self._path.unlink(missing_ok=True)
 
     def _write(self, batches: int, recorder: Recorder, generator: torch.Generator) -> None:
-        from safetensors.torch import save_file
-
         sites, tensors = [], {"generator": generator.get_state()}
         for i, (site, sample) in enumerate(recorder.samples.items()):
             entry: dict[str, Any] = {"site": asdict(site), "sample": sample.settings()}
@@ -95,22 +99,25 @@ class Checkpoint:
                 moment, entry["moment_rows"] = recorder.moments[site]
                 entry["device"] = str(moment.device)
                 parts["moment"] = moment.cpu()
-            tensors |= {f"{i}.{name}": t.contiguous() for name, t in parts.items()}
+            tensors |= {f"{i}.{name}": t for name, t in parts.items()}
             sites.append(entry)
         document = {"format": FORMAT, "fingerprint": self._fingerprint, "batches": batches, "sites": sites}
-        with replacing(self._path) as temporary:
-            save_file(tensors, temporary, {_KEY: json.dumps(document)})
+        documents.save(self._path, _KEY, document, tensors)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            document = json.loads((file.metadata() or {})[_KEY])
-            return document, {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
+def _recorded(
+    document: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[Site, Sample], dict[Site, tuple[Tensor, int]]]:
+    """Samples and moments of all sites in a file."""
+    samples, moments = {}, {}
+    for i, entry in enumerate(document["sites"]):
+        site = Site.of(entry["site"])
+        mine = {key.partition(".")[2]: t for key, t in tensors.items() if key.startswith(f"{i}.")}
+        moment = mine.pop("moment", None)
+        samples[site] = Sample.of(entry["sample"], mine)
+        if moment is not None:
+            moments[site] = moment.to(entry["device"]), int(entry["moment_rows"])
+    return samples, moments
 
 
 def fingerprint(parameters: Mapping[str, Tensor], batches: Sequence[Batch], settings: Iterable[Any]) -> str:

@@ -70,9 +70,17 @@ class Problem:
 
     def solve(self, share: float, price: Measure | None = None) -> Choice:
         """The allocation that keeps this share of the dense cost."""
+        return solve(self.candidates, share * sum(each[0] for each in self._costs()), self.cost, price)
+
+    def least_share(self) -> float:
+        """What the cheapest candidates keep of the dense cost."""
+        costs = self._costs()
+        return sum(map(min, costs)) / sum(each[0] for each in costs)
+
+    def _costs(self) -> list[list[float]]:
+        """Of each site's candidates, the dense one first."""
         cost = self.cost or (lambda site, c: c.option.cost)
-        total = sum(cost(site, next(c for c in each if c.family == "dense")) for site, each in self.candidates.items())
-        return solve(self.candidates, share * total, self.cost, price)
+        return [[cost(site, c) for c in each] for site, each in self.candidates.items()]
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,8 @@ class Fitter:
 
     def _cheapest(self, problem: Problem, most: float) -> Fitted:
         """The cheapest plan whose measured divergence is at most this, by bisection between confirmed and refused."""
-        share, low, high = DEFAULT_SHARE, 0.0, 1.0
+        low, high = problem.least_share(), 1.0
+        share = max(DEFAULT_SHARE, low)
         fitted, weights, better = self._corrected(problem, share)
         best: Fitted | None = None
         seen: list[str] = []

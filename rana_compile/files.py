@@ -1,26 +1,97 @@
 """Files that appear whole or not at all."""
 
+import fcntl
+import glob
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from uuid import uuid4
+
+from rana_compile.types import RanaError, WriteError
 
 
 @contextmanager
 def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path to write; it becomes ``target`` when the block ends, and is removed if the block fails.
 
-    An existing target stays intact until then. Missing directories are made.
+    An existing target stays intact until then. Missing directories are made. What killed processes left of earlier
+    writes of the same file is removed. Raises WriteError where the disk is full, or the place cannot be written.
     """
     path = Path(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    try:
+    with _explained(path), _directory_beside(path) as directory:
+        temporary = directory / path.name
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+
+
+def check_writable(target: str | os.PathLike[str], room: int = 4096) -> None:
+    """Raises WriteError unless a file of ``room`` bytes can be made there: to be asked before the work, not after."""
+    path = Path(target)
+    with _explained(path), _directory_beside(path) as directory:
+        (directory / path.name).write_bytes(bytes(room))
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except RanaError:
         raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise WriteError(
+            f"cannot write {str(path)!r}: {reason}; what was there before is untouched. Free space on its disk, or "
+            "choose a place that can be written"
+        ) from error
+
+
+@contextmanager
+def _directory_beside(path: Path) -> Iterator[Path]:
+    """A directory for one write, locked while its process lives, so that others know whether it is still needed.
+
+    A directory, since compilers and libraries replace the file itself, and with it a lock.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
+    directory, lock = _locked_directory(path)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_directory(path: Path) -> tuple[Path, int]:
+    while True:
+        directory = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        lock = os.open(directory, os.O_RDONLY)
+        _lock(lock)
+        if directory.exists():  # else another process took it for abandoned before it was locked
+            return directory, lock
+        os.close(lock)
+
+
+def _remove_abandoned(path: Path) -> None:
+    for name in glob.glob(f".{glob.escape(path.name)}.*.tmp", root_dir=path.parent, include_hidden=True):
+        try:
+            lock = os.open(path.parent / name, os.O_RDONLY)
+        except OSError:  # gone by now, or another user's
+            continue
+        if _lock(lock):
+            shutil.rmtree(path.parent / name, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether this process holds the lock now; not so where another does, or the file system has none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

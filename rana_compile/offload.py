@@ -7,7 +7,6 @@ themselves, each loaded where it is used and free again after it; the backward p
 at a time is in memory, whatever the device map says, and all is computed on one device.
 """
 
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rana_compile.types import ConfigError, Site
+from rana_compile.interrupts import to_the_end
+from rana_compile.types import Site
 
 
 class _Place(NamedTuple):
@@ -60,19 +60,6 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._known)
 
-    def check_whole(self) -> None:
-        """Raises ConfigError for weights that can be had nowhere."""
-        for name, p in self._known.items():
-            if "torch.distributed.tensor" in sys.modules and isinstance(p, torch.distributed.tensor.DTensor):
-                raise ConfigError(
-                    f"{name} is sharded over processes (a DTensor); calibrate before fully_shard or parallelize_module"
-                )
-            if p.is_meta and name not in self._parameters:
-                raise ConfigError(
-                    f"{name} has no values (device 'meta'), and no hook of accelerate would load them: the model was "
-                    "never loaded; use from_pretrained, or load_state_dict(..., assign=True)"
-                )
-
     @contextmanager
     def stand_ins(self) -> Iterator[None]:
         """Meanwhile the model is free of hooks, and parameters that are elsewhere are stand-ins."""
@@ -84,6 +71,14 @@ class Weights(Mapping[str, Tensor]):
         own: list[tuple[Any, str]] = [(p.owner._parameters, p.attribute) for p in self._parameters.values()]
         own += [(place.owner._buffers, place.attribute) for place in buffers]
         before = [(tensors, name, tensors[name]) for tensors, name in own]
+
+        def restore() -> None:
+            self._names.clear()
+            for tensors, name, tensor in before:
+                tensors[name] = tensor
+            for module, forward in forwards.items():
+                module.__dict__["forward"] = forward
+
         try:
             for module in forwards:
                 _unwrap(module)
@@ -93,11 +88,7 @@ class Weights(Mapping[str, Tensor]):
                 place.owner._buffers[place.attribute] = place.load()
             yield
         finally:
-            self._names.clear()
-            for tensors, name, tensor in before:
-                tensors[name] = tensor
-            for module, forward in forwards.items():
-                module.__dict__["forward"] = forward
+            to_the_end(restore)
 
     def _stand_in(self, place: _Place) -> None:
         p = self._known[place.name]

@@ -3,9 +3,7 @@
 Bound to a model by parameter names, shapes and a hash of the weights; nothing in the file is code.
 """
 
-import ctypes
-import hashlib
-import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rana_compile import documents
 from rana_compile.adapters import FAMILIES, Tensors
+from rana_compile.documents import weight_hash
 from rana_compile.files import replacing
 from rana_compile.flops import dense_flops, total_dense_flops
 from rana_compile.offload import Weights
@@ -113,14 +113,11 @@ class Plan:
         return tuple(s for s in self.adapted if 0 in s.live)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as one safetensors file; an existing file stays intact until the new one is whole."""
-        from safetensors.torch import save
+        """Write the plan as one safetensors file; an existing file stays intact until the new one is whole.
 
-        tensors = {f"{i}.{k}": t.contiguous() for i, s in enumerate(self.sites) for k, t in s.tensors.items()}
-        document = self.as_dict()
-        document["checksum"] = _checksum(document, tensors)
-        with replacing(path) as temporary:
-            temporary.write_bytes(save(tensors, {_KEY: json.dumps(document, sort_keys=True)}))
+        Raises WriteError, an OSError too, where the disk is full or the place cannot be written.
+        """
+        documents.save(path, _KEY, self.as_dict(), self._tensors())
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the plan into a model's directory, beside its weights, where ``from_pretrained`` finds it."""
@@ -150,8 +147,10 @@ class Plan:
 
     def digest(self) -> str:
         """SHA-256 over all that the plan's file would hold: the same for equal plans."""
-        tensors = {f"{i}.{k}": t for i, s in enumerate(self.sites) for k, t in s.tensors.items()}
-        return _checksum(self.as_dict(), tensors)
+        return documents.checksum(self.as_dict(), self._tensors())
+
+    def _tensors(self) -> Tensors:
+        return {f"{i}.{k}": t for i, s in enumerate(self.sites) for k, t in s.tensors.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """The plan without its tensors, as JSON can hold it."""
@@ -189,31 +188,29 @@ class Plan:
             raise ConfigError(f"the plan is a {type(plan).__name__}; expected a rana_compile.Plan or a path")
         path = _file_of(plan)
         state = path.stat() if path.exists() else None
-        return _load_once(str(path), (state.st_mtime_ns, state.st_size) if state else None)
+        return _load_once(str(path), (state.st_ino, state.st_mtime_ns, state.st_size) if state else None)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """Read a plan from a file or a model's directory. Raises PlanError if it is missing, damaged, or newer."""
-        from safetensors import SafetensorError, safe_open
-
         path = _file_of(path)
         try:
-            with safe_open(str(path), framework="pt") as file:
-                document = json.loads((file.metadata() or {})[_KEY])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            document, tensors = documents.load(path, _KEY)
         except FileNotFoundError:
             raise PlanError(f"no plan at {str(path)!r}; save one with plan.save(path)") from None
-        except (SafetensorError, KeyError, ValueError, OSError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise PlanError(f"{str(path)!r} is not a readable plan ({error}); calibrate again and save anew") from error
-        version = document.get("format") if isinstance(document, dict) else None
-        if version != FORMAT:
-            raise PlanError(f"{str(path)!r} has format {version}; this version reads {FORMAT}: calibrate again")
+        if (version := document.get("format")) != FORMAT:
+            raise PlanError(
+                f"{str(path)!r} has format {version!r:.20}; this version reads {FORMAT}: calibrate again, or use the "
+                "version of rana_compile that wrote it"
+            )
         try:
-            if _checksum(document, tensors) != document["checksum"]:
-                raise ValueError("its checksum differs")
+            documents.check(document, tensors)
             return _from_document(document, tensors)
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"{str(path)!r} is damaged: {error!r}; calibrate again and save anew") from error
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise PlanError(f"{str(path)!r} is damaged ({reason}); calibrate again and save anew") from error
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str]) -> "Plan":
@@ -245,49 +242,66 @@ def _file_of(path: str | os.PathLike[str]) -> Path:
 
 
 @lru_cache(maxsize=8)
-def _load_once(path: str, version: tuple[int, int] | None) -> Plan:
+def _load_once(path: str, version: tuple[int, int, int] | None) -> Plan:
     return Plan.load(path)
 
 
 def _from_document(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
+    info, sites, skipped = (_of_kind(document, name, kind) for name, kind in _PARTS.items())
     return Plan(
-        sites=tuple(_site_plan(entry, i, tensors) for i, entry in enumerate(document["sites"])),
-        skipped=tuple(Skipped(**entry) for entry in document["skipped"]),
-        flops_asked=document["flops_asked"],
-        model_flops=document["model_flops"],
-        info=document["info"],
+        sites=tuple(_site_plan(entry, i, tensors) for i, entry in enumerate(sites)),
+        skipped=tuple(Skipped(str(entry["name"]), str(entry["reason"])) for entry in skipped),
+        flops_asked=_number(document, "flops_asked"),
+        model_flops=_number(document, "model_flops"),
+        info=info,
     )
+
+
+_PARTS = {"info": dict, "sites": list, "skipped": list}
+
+
+def _of_kind(document: Mapping[str, Any], name: str, kind: type) -> Any:
+    if not isinstance(document[name], kind):
+        raise ValueError(f"{name!r} is a {type(document[name]).__name__}, not a {kind.__name__}")
+    return document[name]
+
+
+def _number(document: Mapping[str, Any], name: str) -> float:
+    """What cannot be negative."""
+    value = float(document[name])
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name!r} is {value}")
+    return value
 
 
 def _site_plan(entry: Mapping[str, Any], index: int, tensors: Mapping[str, Tensor]) -> SitePlan:
-    site = Site.of(entry)
-    stored = FAMILIES[entry["family"]].stored if entry["family"] != "dense" else ()
-    return SitePlan(
+    site, name = Site.of(entry), entry["family"]
+    if name != "dense" and name not in FAMILIES:
+        raise ValueError(f"{site.name}: no family is called {name!r:.40}; known: {', '.join(FAMILIES)}")
+    stored = FAMILIES[name].stored if name != "dense" else ()
+    plan = SitePlan(
         site=site,
-        family=entry["family"],
+        family=name,
         tensors={k: tensors[f"{index}.{k}"] for k in stored},
-        live=tuple(map(float, entry["live"])),
-        flops_kept=float(entry["flops_kept"]),
+        live=tuple(_number({"live": n}, "live") for n in entry["live"]),
+        flops_kept=_number(entry, "flops_kept"),
         error=float(entry["error"]),
         weight_hash=str(entry["weight_hash"]),
     )
+    if stored:
+        _check_tensors(plan)
+    return plan
 
 
-def _checksum(document: Mapping[str, Any], tensors: Tensors) -> str:
-    """SHA-256 over what a plan's file holds."""
-    rest = {name: value for name, value in document.items() if name != "checksum"}
-    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name}={weight_hash([tensors[name]])};".encode())
-    return digest.hexdigest()
-
-
-def weight_hash(weights: Sequence[Tensor]) -> str:
-    """SHA-256 over dtype, shape and bytes of weights, in order."""
-    digest = hashlib.sha256()
-    for weight in weights:
-        flat = weight.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(f"{weight.dtype}{tuple(weight.shape)}".encode())
-        # not flat.numpy(): the storage of the model's own weight could never be resized again, as FSDP does
-        digest.update((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr()) if flat.nbytes else b"")
-    return digest.hexdigest()
+def _check_tensors(plan: SitePlan) -> None:
+    """Raises ValueError unless the tensors are such as the family stores for the site."""
+    family, site = FAMILIES[plan.family], plan.site
+    if len(plan.live) != len(family.mask_flops(site)):
+        raise ValueError(f"{site.name}: {len(plan.live)} masks; a {plan.family} adapter has another number there")
+    for name, expected in family.shapes(site, plan.tensors).items():
+        t = plan.tensors[name]
+        if tuple(t.shape) != expected or not t.is_floating_point() or t.isnan().any():
+            raise ValueError(
+                f"{site.name}: {name!r} is a {t.dtype} tensor of shape {tuple(t.shape)}; expected floating-point "
+                f"numbers of shape {expected}, none of them NaN"
+            )

@@ -28,7 +28,7 @@ from rana_compile.passes.replay import Output, Replay
 from rana_compile.plan import Plan
 from rana_compile.recipes import SEPARATE_GATES
 from rana_compile.self_calibration import session_of
-from rana_compile.types import PlanError, RanaError, parameter_filter
+from rana_compile.types import OutOfMemoryError, PlanError, RanaError, parameter_filter
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ class Use:
         try:
             return self._run(*args)
         except PlanError as error:  # raised before anything ran
-            self._give_up(error)
+            self._give_up(error, self._plan)
             self._switch(args)
             return self._run(*args)
 
@@ -180,21 +180,26 @@ class Use:
         return torch.is_grad_enabled() and any(args[i].requires_grad for i in self.graph.adaptable.values())
 
     def _switch(self, args: Sequence[Any]) -> None:
-        """Run as the session has decided."""
+        """Run as the session has decided; as before where it is interrupted, and the next call tries again."""
         with self.session.lock:
-            self._plan, self._stamp = self.session.plan, self._stamp_of(args)
+            plan, now = self.session.plan, self._stamp_of(args)
             try:
-                self._run = self.graph.compiled(self._plan, args)
-            except PlanError as error:
-                self._give_up(error)
-                self._plan, self._run = None, self.graph.compiled(None, args)
+                run = self.graph.compiled(plan, args)
+            except (PlanError, OutOfMemoryError) as error:
+                self._give_up(error, plan)
+                plan, run = None, self.graph.compiled(None, args)
+            self._plan, self._stamp, self._run = plan, now, run
 
-    def _give_up(self, error: PlanError) -> None:
+    def _give_up(self, error: RanaError, plan: Plan | None) -> None:
         if self.graph.given is not None:
             raise error
         with self.session.lock:
-            if self._plan is self.session.plan is not None:
+            if not plan is self.session.plan is not None:
+                return
+            if isinstance(error, PlanError):
                 self.session.restart(str(error))
+            else:
+                self.session.stay_dense(str(error))
 
     def _stamp_of(self, args: Sequence[Any]) -> Stamp:
         return stamp([args[i] for i in self.graph.parameters])

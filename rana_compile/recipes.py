@@ -16,7 +16,7 @@ from itertools import product
 from torch import Tensor
 
 from rana_compile.adapters import FAMILIES, adapter_flops
-from rana_compile.allocation import Option, allocate
+from rana_compile.allocation import ROUNDING, Option, allocate
 from rana_compile.fitting import (
     Candidate,
     Evidence,
@@ -75,8 +75,23 @@ def solve(candidates: Candidates, budget: float, cost: Measure | None = None, pr
     cost = cost or (lambda site, c: c.option.cost)
     price = price or (lambda site, c: c.option.price)
     options = [[Option(cost(site, c), price(site, c)) for c in each] for site, each in candidates.items()]
+    _check_reachable(options, budget)
     chosen = allocate(options, budget)
     return {site: each[k] for (site, each), k in zip(candidates.items(), chosen, strict=True)}
+
+
+def _check_reachable(options: Sequence[Sequence[Option]], budget: float) -> None:
+    """Says in shares what ``allocate`` would say in FLOPs or bytes. A site's first candidate is the dense one."""
+    least, dense = (sum(pick(each) for each in options) for pick in (_least, lambda each: each[0].cost))
+    if least > budget * (1 + ROUNDING):
+        raise ConfigError(
+            f"a budget of {budget / dense:.1%} cannot be reached: the cheapest adapters keep {least / dense:.1%} of "
+            "what the included weights cost; raise the budget"
+        )
+
+
+def _least(options: Sequence[Option]) -> float:
+    return min(option.cost for option in options)
 
 
 def rana_recipe(evidence: Sequence[Evidence], mlps: Sequence[Mlp], share: float) -> Choice:

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rana_compile.binding import bound_plans, latest, plainly
 from rana_compile.calibration import fit_recorded
 from rana_compile.config import BackendOptions
+from rana_compile.memory import naming_remedy
 from rana_compile.objective import divergence
 from rana_compile.passes.interpret import Handler
 from rana_compile.passes.match import Found
@@ -38,6 +39,7 @@ FEW_ROWS = 8  # a call of fewer rows (decode) brings its whole cache for little 
 PATIENCE = 4  # times calibration_tokens are seen before fitting on less than that
 LEAST_SHARE = 1 / 8  # of calibration_tokens that must have been kept by then
 MAX_RESTARTS = 3
+LESS_MEMORY = "calls of fewer tokens need less, or calibrate beforehand: rana_compile.calibrate(model, batches)"
 
 
 class Use(Protocol):
@@ -141,7 +143,7 @@ class Session:
         self.plan, self.calls, self.seen, self.kept, self.bytes, self.decode_calls = None, [], 0, 0, 0, 0
         self.restarts += 1
         if self.restarts > MAX_RESTARTS:
-            self._stay_dense(f"{reason}, {self.restarts} times now; calibrate when they no longer change")
+            self.stay_dense(f"{reason}, {self.restarts} times now; calibrate when they no longer change")
         else:
             log.info("rana: %s; calibrating on the next calls", reason)
 
@@ -149,7 +151,7 @@ class Session:
         calls, self.calls = [call for call in self.calls if call.use() is not None], []
         wanted = self.options.calibration_tokens
         if self.kept < LEAST_SHARE * wanted or len(calls) < 2:
-            self._stay_dense(
+            self.stay_dense(
                 f"of {self.seen:,} tokens seen the inputs of only {self.kept:,} could be kept (single tokens with "
                 "their caches); use rana_compile.calibrate(model, batches)"
             )
@@ -157,19 +159,24 @@ class Session:
         try:
             plan, apart = self._fitted(calls)
         except RanaError as error:
-            self._stay_dense(str(error))
+            self.stay_dense(str(error))
             return
+        except BaseException:  # Ctrl-C most of all: the model is dense and usable, and no plan comes of half the calls
+            self.restart("the fit was interrupted")
+            raise
         what = f"{totals(plan)}; {len(plan.skipped)} weights skipped"
         limit = self.options.max_divergence
         if not apart <= limit:  # NaN is not either
-            self._stay_dense(f"divergence {apart:.3g} from the dense outputs exceeds max_divergence={limit} ({what})")
+            self.stay_dense(f"divergence {apart:.3g} from the dense outputs exceeds max_divergence={limit} ({what})")
             return
         self.plan = plan
         log.info(
             "rana: calibrated on %s tokens: %s; divergence %.3g on held-back inputs", f"{self.kept:,}", what, apart
         )
 
-    def _stay_dense(self, reason: str) -> None:
+    def stay_dense(self, reason: str) -> None:
+        """There is no plan, and none is to come."""
+        self.plan = None
         self.outcome, self.calls = reason, []
         log.warning("rana: the model stays dense: %s", reason)
 
@@ -179,7 +186,7 @@ class Session:
         assert self.found is not None
         found = replace(self.found, skipped=tuple(self.skipped))
         recorded = [(call.rows, call) for call in calls]
-        with plainly(), torch.enable_grad():
+        with plainly(), torch.enable_grad(), naming_remedy(LESS_MEMORY):
             plan, held_back = fit_recorded(
                 parameters, recorded, _replay, found, self.options.flops_budget, self.options.recipe
             )

@@ -7,7 +7,7 @@ stacked along the output (q/k/v, gate/up). A ``Match`` (``rana_compile.passes``)
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,14 @@ class ConfigError(RanaError, ValueError):
 
 class PlanError(RanaError):
     """A plan cannot be read, or does not belong to this model."""
+
+
+class WriteError(RanaError, OSError):
+    """A file cannot be written; one that was there before is untouched."""
+
+
+class OutOfMemoryError(RanaError, MemoryError):
+    """There is too little memory, of the device or of the machine; the message says what needs less."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +65,35 @@ class Site:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> "Site":
-        """The site that ``asdict`` made this of, after a way through JSON. Raises KeyError if a field is missing."""
+        """The site that ``asdict`` made this of, after a way through JSON.
+
+        Raises KeyError if a field is missing, ValueError if one cannot be true of any site.
+        """
         given: dict[str, Any] = {f.name: document[f.name] for f in fields(cls)}
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-        return cls(**values)
+        site = cls(**values)
+        possible = {
+            "name": isinstance(site.name, str),
+            "kind": site.kind in get_args(SiteKind),
+            "weights": _is_tuple_of(str, site.weights),
+            "d_in": type(site.d_in) is int and site.d_in > 0,
+            "d_outs": _is_tuple_of(int, site.d_outs) and min(site.d_outs) > 0 and len(site.d_outs) == len(site.weights),
+            "block": isinstance(site.block, str | None),
+            "transposed": isinstance(site.transposed, bool),
+            "activation": isinstance(site.activation, str | None),
+        }
+        for field, is_possible in possible.items():
+            if not is_possible:
+                raise ValueError(f"of a site {field!r} cannot be {given[field]!r:.100}")
+        return site
 
     def oriented(self, parameters: "Sequence[Tensor]") -> "list[Tensor]":
         """The site's parameters as W [d_out_i, d_in], however they are stored (views)."""
         return [p.t() for p in parameters] if self.transposed else list(parameters)
+
+
+def _is_tuple_of(kind: type, values: Any) -> bool:
+    return isinstance(values, tuple) and len(values) > 0 and all(type(value) is kind for value in values)
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,11 @@ def test_interrupted_calibration_leaves_the_model_as_it_was() -> None:
         ({"flops_budget": 0}, r"flops_budget is 0; expected a share in \(0, 1\]"),
         ({"flops_budget": 1.2}, "flops_budget is 1.2"),
         ({"flops_budget": float("nan")}, "flops_budget is nan"),
-        ({"flops_budget": 0.01}, "cannot be reached"),
+        ({"flops_budget": -0.5}, "flops_budget is -0.5"),
+        ({"flops_budget": "half"}, "flops_budget is 'half'"),
+        ({"flops_budget": 0.01}, r"a budget of 1.0% cannot be reached: the cheapest adapters keep 1\d\.\d% of what"),
+        ({"bytes_budget": 0.01}, r"a budget of 1.0% cannot be reached: the cheapest adapters keep \d+\.\d% of what"),
+        ({"recipe": 3}, "unknown recipe 3; known recipes: .*, or a callable"),
         ({"recipe": "best"}, "known recipes: auto, neuron, rana"),
         ({"exclude": ["lm_heat"]}, "exclude='lm_heat' matches no parameter"),
     ],
@@ -124,6 +128,9 @@ def test_bad_arguments(model: nn.Module, changes: dict, message: str) -> None:
         ([torch.zeros(8, dtype=torch.long)] * 4, r"shape \(8,\)"),
         ([torch.zeros(1, 0, dtype=torch.long)] * 4, "batch 0 is empty"),
         ([torch.full((1, 8), VOCABULARY)] * 4, "batch 0 holds token id 128"),
+        ([torch.full((1, 8), -1)] * 4, "batch 0 holds token id -1; this model's vocabulary is 0 to 127"),
+        (tokens(3, length=10), "holds 30 tokens; thresholds need at least 32"),
+        ([{"input_ids": [1, 2, 3]}, {"input_ids": [[1, 2], [3]]}], "batch 1 holds no tensor"),
     ],
 )
 def test_bad_data(model: nn.Module, batches: object, message: str) -> None:
@@ -131,12 +138,76 @@ def test_bad_data(model: nn.Module, batches: object, message: str) -> None:
         calibrate(model, batches)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_broken_weights_are_named_before_anything_runs(value: float) -> None:
+    model = tiny_llama(layers=1)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[1, 2] = value
+    model.forward = None  # type: ignore[assignment]  # it is not called
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.up_proj\.weight holds NaN or infinity"):
+        calibrate(model)
+
+
+def test_a_mask_of_minus_infinity_may_be_a_parameter() -> None:
+    model = tiny_llama(layers=1)
+    model.mask = nn.Parameter(torch.full((8,), -torch.inf))
+    assert calibrate(model, flops_budget=0.7, recipe="neuron").adapted
+
+
 def test_broken_activations_are_named() -> None:
     model = tiny_llama(layers=1)
     with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+        model.model.layers[0].mlp.up_proj.weight.fill_(1e38)
     with pytest.raises(RanaError, match=r"mlp\.down_proj: its input holds NaN"):
         calibrate(model)
+
+
+@pytest.mark.parametrize("size", [1e38, -1e38])
+def test_a_broken_output_is_named(size: float) -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    with torch.no_grad():
+        model[2].weight.fill_(size)
+    with pytest.raises(RanaError, match=r"output holds NaN or infinity on calibration data; .*wider dtype"):
+        calibrate(model, [{"input": 100 * torch.rand(64, 16)} for _ in range(4)])
+
+
+def test_too_few_rows_of_any_kind_are_named() -> None:
+    """Pictures have no tokens to count; what a linear sees of them does."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 32))
+    with pytest.raises(ConfigError, match="holds 9 tokens; thresholds need at least 32"):
+        calibrate(model, [{"input": torch.rand(3, 3, 4, 4)} for _ in range(4)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.complex64])
+def test_weights_of_other_dtypes_are_listed_with_the_reason(dtype: torch.dtype) -> None:
+    class Stored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain = nn.Linear(32, 32)
+            stored = torch.randn(32, 32).to(dtype)
+            self.weight = nn.Parameter(stored, requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.plain(x)
+            if self.weight.is_complex():
+                return nn.functional.linear(x.to(self.weight.dtype), self.weight).real
+            return nn.functional.linear(x, self.weight.to(x.dtype))
+
+    plan = calibrate(Stored(), [{"x": torch.randn(64, 32)} for _ in range(4)], flops_budget=0.7)
+    assert [s.site.name for s in plan.sites] == ["plain"]
+    assert plan.skipped and all(s.reason for s in plan.skipped)
+
+
+def test_double_precision_is_adapted() -> None:
+    model = tiny_llama(layers=1).double()
+    plan = calibrate(model, flops_budget=0.7, recipe="neuron")
+    assert plan.info["dtype"] == ["torch.float64"]
+    ids = tokens(1)[0]
+    with rana_compile.adapted(model, plan) as run, torch.no_grad():
+        expected = run(input_ids=ids[:, :1]).logits
+    model.compile(backend="rana", options={"plan": plan, "compiler": "eager"})
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids[:, :1]).logits, expected)
 
 
 def test_model_without_linears() -> None:

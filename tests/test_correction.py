@@ -50,6 +50,12 @@ def test_quality_target_is_confirmed_on_held_back_batches(model: nn.Module) -> N
     assert sum(apart) / len(apart) == pytest.approx(loose.info["divergence"], rel=1e-3)
 
 
+def test_any_quality_is_met_by_a_plan_near_the_cheapest_one() -> None:
+    """Shares that no adapters reach are not tried."""
+    plan = rana_compile.calibrate(tiny_llama(1), tokens(4), max_loss_increase=99, recipe="neuron", progress=False)
+    assert plan.info["divergence"] < 99 and 0.1 < plan.flops_kept < 0.3
+
+
 def test_unreachable_quality_is_refused(model: nn.Module) -> None:
     with pytest.raises(ConfigError, match=r"no plan within a loss increase of 1e-12 nats.*raise max_loss_increase"):
         rana_compile.calibrate(model, tokens(8), max_loss_increase=1e-12, recipe="neuron", progress=False)
@@ -60,6 +66,7 @@ def test_unreachable_quality_is_refused(model: nn.Module) -> None:
     [
         ({"flops_budget": 0.5, "bytes_budget": 0.5}, "flops_budget and bytes_budget contradict each other"),
         ({"bytes_budget": 1.5}, r"bytes_budget is 1.5; expected a share in \(0, 1\]"),
+        ({"bytes_budget": 0.0}, r"bytes_budget is 0.0; expected a share in \(0, 1\]"),
         ({"max_loss_increase": -1}, "max_loss_increase is -1; expected a positive number of nats"),
         ({"max_loss_increase": float("nan")}, "max_loss_increase is nan"),
         ({"bytes_budget": 0.5, "recipe": "rana"}, "this recipe takes flops_budget only"),

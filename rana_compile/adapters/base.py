@@ -4,7 +4,7 @@ Every family is the masked product of METHOD.md, ``z = T x; y = A (m * z) + b``;
 are, what is stored in a plan, and what must be derived from the model's own weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +36,12 @@ class Family(Protocol):
 
     name: str
     stored: tuple[str, ...]
+
+    def shapes(self, site: Site, tensors: Tensors) -> Mapping[str, tuple[int, ...]]:
+        """The shapes that stored tensors must have; where that is a choice (a rank, a probe), as these made it.
+
+        Raises ValueError for a site that the family cannot adapt.
+        """
 
     def derive(self, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
         """Tensors that follow from the weights, differentiable in them; folded for inference."""

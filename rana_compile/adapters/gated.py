@@ -7,14 +7,14 @@ A dead row leaves a zero in the hidden vector, which ``down`` may skip too. The 
 predicts for the token, if there is one (else [0, …]). For sites of kind ``gate_up`` whose activation is known.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rana_compile.adapters.base import Biases, Mask, Tensors, token_thresholds, weighed
-from rana_compile.adapters.neuron import row_thresholds, scaled_row
+from rana_compile.adapters.neuron import probe_shape, row_thresholds, scaled_row
 from rana_compile.kernels.reference import ACTIVATIONS, apply_threshold
 from rana_compile.types import Site
 
@@ -22,6 +22,15 @@ from rana_compile.types import Site
 class Gated:
     name = "gated"
     stored: tuple[str, ...] = ("threshold", "gate_threshold", "probe")
+
+    def shapes(self, site: Site, tensors: Tensors) -> Mapping[str, tuple[int, ...]]:
+        if site.kind != "gate_up" or len(set(site.d_outs)) != 1 or site.activation not in ACTIVATIONS:
+            raise ValueError(f"{site.name}: it has no gate whose activation is known")
+        return {
+            "threshold": (1, site.d_in),
+            "gate_threshold": site.d_outs[:1],
+            "probe": probe_shape(site, 2, tensors),
+        }
 
     def derive(self, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
         return {}

@@ -1,6 +1,6 @@
 """Static low rank (SVD-LLM style): a rank adapter that keeps every coordinate of its whitened basis."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from rana_compile.types import Site
 class LowRank(Rank):
     name = "low_rank"
     stored: tuple[str, ...] = ("output_basis",)
+
+    def shapes(self, site: Site, tensors: Tensors) -> Mapping[str, tuple[int, ...]]:
+        return {"output_basis": super().shapes(site, tensors)["output_basis"]}
 
     def forward(
         self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors

@@ -6,7 +6,7 @@ divided by the sensitivity predicted for the token, so that tokens the loss care
 adapter for down_proj (METHOD.md, algorithm 2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,10 @@ from rana_compile.types import Site
 class Neuron:
     name = "neuron"
     stored: tuple[str, ...] = ("threshold", "probe")
+
+    def shapes(self, site: Site, tensors: Tensors) -> Mapping[str, tuple[int, ...]]:
+        masks = len(site.d_outs)
+        return {"threshold": (masks, site.d_in), "probe": probe_shape(site, masks, tensors)}
 
     def derive(self, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
         return {}
@@ -58,6 +62,10 @@ class Neuron:
 def neuron_tensors(threshold: Tensor) -> Tensors:
     """What a plan stores of an adapter with thresholds [linears, d_in] and no probe."""
     return {"threshold": threshold, "probe": threshold.new_zeros(0, threshold.shape[1] + 1)}
+
+
+def probe_shape(site: Site, masks: int, tensors: Tensors) -> tuple[int, int]:
+    return masks if len(tensors["probe"]) else 0, site.d_in + 1
 
 
 def scaled_row(threshold: Tensor, index: int, factor: float) -> Tensor:

@@ -4,7 +4,7 @@
 model's own weights, and ``threshold`` [r] (float32) is compared with ``abs(z_j)``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,10 @@ from rana_compile.types import Site
 class Rank:
     name = "rank"
     stored: tuple[str, ...] = ("output_basis", "threshold")
+
+    def shapes(self, site: Site, tensors: Tensors) -> Mapping[str, tuple[int, ...]]:
+        rank = tensors["output_basis"].shape[-1]
+        return {"output_basis": (site.d_out, rank), "threshold": (rank,)}
 
     def derive(self, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
         weight = stack(weights)

@@ -5,11 +5,17 @@ Exit status: 0 done; 1 done, but a check that was asked for failed; 2 the input 
 done; 130 interrupted. A command is a module of this package with ``run(settings, screen) -> int``, imported when asked.
 """
 
+import argparse
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from threading import current_thread, main_thread
+from typing import Any
 
 from rana_compile.cli.arguments import parser
+from rana_compile.memory import is_out_of_memory
 from rana_compile.types import ConfigError, PlanError, RanaError
 
 DONE, CHECK_FAILED, BAD_INPUT, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -19,25 +25,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status."""
     settings = parser().parse_args(arguments)
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when it is imported: one bar is enough, and it is ours
+    try:
+        return _run(settings)
+    except BaseException as error:
+        if _is_interrupt(error):
+            return _failed(settings, "interrupted", INTERRUPTED)
+        if settings.debug or not isinstance(error, Exception):
+            raise
+        return _failed(settings, _told(error), BAD_INPUT if isinstance(error, ConfigError | PlanError) else FAILED)
+
+
+def _run(settings: argparse.Namespace) -> int:
     from rana_compile.cli.screen import Screen
 
-    screen = Screen(settings.json, settings.quiet)
-    try:
+    with _interrupts_remembered():
         command = import_module(f"rana_compile.cli.{settings.command}")
-        return int(command.run(settings, screen))
-    except KeyboardInterrupt:
-        return screen.failed("interrupted", INTERRUPTED)
-    except Exception as error:
-        if settings.debug:
-            raise
-        return screen.failed(_told(error), BAD_INPUT if isinstance(error, ConfigError | PlanError) else FAILED)
+    return int(command.run(settings, Screen(settings.json, settings.quiet)))
+
+
+@contextmanager
+def _interrupts_remembered() -> Iterator[None]:
+    """A Ctrl-C that code in C swallows, as torch does while it imports numpy, is raised at the end of the block."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or current_thread() is not main_thread():
+        yield
+        return
+    seen: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if seen:
+            raise KeyboardInterrupt
+
+
+def _failed(settings: argparse.Namespace, text: str, status: int) -> int:
+    from rana_compile.cli.screen import Screen
+
+    return Screen(settings.json, settings.quiet).failed(text, status)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind it: an import that it interrupts may end in another error."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _told(error: Exception) -> str:
     """What to say of an error; ours say what to do, of others the kind helps."""
-    if isinstance(error, RanaError):
-        return str(error)
-    text = f"{type(error).__name__}: {error}"
-    if "out of memory" in text or isinstance(error, MemoryError):
+    text = str(error) if isinstance(error, RanaError) else f"{type(error).__name__}: {error}"
+    if is_out_of_memory(error):
         text += " (fewer --tokens, a shorter --length, --dtype bfloat16 or a smaller model need less)"
-    return f"{text} (--debug shows where)"
+    return text if isinstance(error, RanaError) else f"{text} (--debug shows where)"

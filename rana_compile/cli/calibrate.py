@@ -9,6 +9,7 @@ from rana_compile.checkpoint import Checkpoint
 from rana_compile.cli.inputs import load, windows
 from rana_compile.cli.screen import Screen
 from rana_compile.correction import Target
+from rana_compile.files import check_writable
 from rana_compile.plan import IN_DIRECTORY, Plan
 from rana_compile.recipes import SEPARATE_GATES
 from rana_compile.report import totals
@@ -21,6 +22,7 @@ def run(settings: argparse.Namespace, screen: Screen) -> int:
     recording = out.with_name(out.name + ".recording")
     if settings.no_resume:
         recording.unlink(missing_ok=True)
+    check_writable(out)
     model, tokenizer = load(settings, screen)
     batches = windows(settings, tokenizer, screen, settings.text, settings.tokens).split(1)
     if recording.exists():

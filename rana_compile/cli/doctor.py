@@ -1,7 +1,6 @@
 """``rana-compile doctor``: what is installed here, and whether each kernel computes what its plain form does."""
 
 import argparse
-import os
 import subprocess
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -62,7 +61,8 @@ def _compiler() -> Check:
 
 def _cache() -> Check:
     path = cpu.cache_directory()
-    return Check("cache directory", os.access(path, os.W_OK), str(path), "set RANA_COMPILE_CACHE to one")
+    remedy = "set RANA_COMPILE_CACHE to a place that can be written, or kernels are built for every run"
+    return Check("cache directory", path == cpu.wanted_directory(), str(path), remedy)
 
 
 def _kernels(device: str) -> list[Check]:

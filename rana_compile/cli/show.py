@@ -6,6 +6,7 @@ from typing import Any
 from rana_compile.cli.calibrate import summary
 from rana_compile.cli.inputs import load, windows
 from rana_compile.cli.screen import Screen
+from rana_compile.files import check_writable
 from rana_compile.plan import Plan
 from rana_compile.types import ConfigError
 
@@ -19,6 +20,7 @@ def run(settings: argparse.Namespace, screen: Screen) -> int:
         return 0
     from rana_compile.page import read_points
 
+    check_writable(settings.html)
     points = [point for path in settings.points for point in read_points(path)]
     plan.report(settings.html, points=points, observed=_observed(settings, screen, plan))
     screen.result({"page": str(settings.html)}, f"page written: {settings.html}")

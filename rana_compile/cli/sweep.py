@@ -13,7 +13,7 @@ from rana_compile.calibration import calibration
 from rana_compile.cli.inputs import load, windows
 from rana_compile.cli.screen import Screen
 from rana_compile.correction import Target
-from rana_compile.files import replacing
+from rana_compile.files import check_writable, replacing
 from rana_compile.plan import Plan
 from rana_compile.quality import Quality, measure_quality
 from rana_compile.recipes import SEPARATE_GATES
@@ -24,6 +24,7 @@ Row = dict[str, Any]
 
 def run(settings: argparse.Namespace, screen: Screen) -> int:
     targets = [Target.of(budget, None, None) for budget in sorted(set(settings.budgets), reverse=True)]
+    check_writable(settings.out / "sweep.json")
     model, tokenizer = load(settings, screen)
     fitting, held_out = _texts(settings, tokenizer, screen)
     plans = _fitted(settings, screen, model, fitting, targets)

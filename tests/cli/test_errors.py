@@ -84,6 +84,96 @@ def test_failures_and_interrupts_have_their_own_status(
     assert run_cli("show", plan) == 130
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["calibrate", "m", "--text", "{text}", "-o", "/proc/none/plan"],
+        ["sweep", "m", "--text", "{text}", "-o", "/proc/none"],
+        ["show", "{plan}", "--html", "/proc/none/page.html", "--model", "m", "--text", "{text}"],
+    ],
+)
+def test_a_place_that_cannot_be_written_is_named_before_a_model_is_read(
+    arguments: list[str], text: Path, plan: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"rana_compile.cli.{arguments[0]}.load", None)
+    capsys.readouterr()
+    assert run_cli(*(a.format(text=text, plan=plan) for a in arguments)) == 3
+    err = capsys.readouterr().err
+    assert "rana-compile: cannot write '/proc/none" in err and "choose a place that can be written" in err
+
+
+@pytest.mark.parametrize(
+    "raised", [MemoryError("of the machine"), RuntimeError("CUDA out of memory. Tried to allocate")]
+)
+def test_out_of_memory_names_the_options_that_need_less(
+    raised: Exception, plan: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rana_compile.memory import naming_remedy
+
+    def fails(*_: object) -> None:
+        with naming_remedy("shorter batches need less"):
+            raise raised
+
+    monkeypatch.setattr("rana_compile.plan.Plan.load", fails)
+    assert run_cli("show", plan) == 3
+    err = capsys.readouterr().err
+    assert "shorter batches need less" in err and "fewer --tokens, a shorter --length, --dtype bfloat16" in err
+
+
+def test_an_interrupt_that_ends_in_another_error_is_still_one(
+    plan: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where it falls into an import of a module in C."""
+
+    def fails(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise ImportError("numpy failed to import") from None
+
+    monkeypatch.setattr("rana_compile.plan.Plan.load", fails)
+    capsys.readouterr()
+    assert run_cli("show", plan, "--json") == 130
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"error": "interrupted", "status": 130}
+    assert captured.err == "rana-compile: interrupted\n"
+
+
+AT_IMPORT = """
+import signal, sys
+from rana_compile.cli import main
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == sys.argv[1]:
+            sys.meta_path.remove(self)
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+sys.exit(main(["show", "plan"]))
+"""
+
+
+@pytest.mark.parametrize("module", ["rana_compile.cli.screen", "rana_compile.cli.show", "torch", "numpy"])
+def test_ctrl_c_while_it_starts_is_status_130_and_one_line(module: str) -> None:
+    done = subprocess.run([sys.executable, "-c", AT_IMPORT, module], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "rana-compile: interrupted\n")
+
+
+def test_ctrl_c_while_it_records_is_status_130_and_one_line(model_directory: Path, text: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rana_compile.cli", "calibrate", str(model_directory), "--text", str(text)]
+    size = ["--length", "32", "--tokens", "640", "--save-every", "0", "--quiet", "-o", str(tmp_path / "plan")]
+    with subprocess.Popen([*command, *size], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "plan.recording").exists():
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        assert process.stderr.read() == "rana-compile: interrupted\n"
+    assert process.returncode == 130
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.recording"]
+
+
 def test_a_killed_calibration_goes_on(
     model_directory: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

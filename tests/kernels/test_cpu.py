@@ -1,8 +1,18 @@
 """The CPU kernels' way onto a machine; what they compute is in test_ops.py."""
 
+import logging
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rana_compile import RanaError, WriteError
+from rana_compile.kernels import cpu
 
 SCRIPT = """
 import torch
@@ -30,3 +40,127 @@ def test_without_a_compiler_every_op_runs_and_says_that_it_is_slow() -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "no C++ compiler found" in result.stderr
+
+
+COMPILER = """#!/bin/sh
+case "$*" in *--version*|*-print-file-name*) echo "a stand-in"; exit;; esac
+for last in "$@"; do :; done
+rm -f "$last"; echo half > "$last"; sleep $SECONDS_TO_BUILD; echo whole > "$last"; exit $STATUS
+"""
+BUILD = (
+    "import sys; from pathlib import Path; from rana_compile.kernels import cpu; cpu.build(*map(Path, sys.argv[1:]))"
+)
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in that writes a file in two steps, as slowly as it is told to."""
+    path = tmp_path / "bin" / "c++"
+    path.parent.mkdir()
+    path.write_text(COMPILER)
+    path.chmod(0o755)
+    for name, value in {"CXX": str(path), "SECONDS_TO_BUILD": "0", "STATUS": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANA_COMPILE_CACHE", str(tmp_path / "cache"))
+    return path
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The libraries that were loaded, in order; ones whose text is not whole cannot be."""
+    paths: list[Path] = []
+
+    def load(path: Path) -> None:
+        paths.append(Path(path))
+        if Path(path).read_text() != "whole\n":
+            raise OSError("file too short")
+
+    monkeypatch.setattr(cpu.torch.ops, "load_library", load)
+    return paths
+
+
+def building(compiler: Path, library: Path) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen([sys.executable, "-c", BUILD, str(compiler), str(library)], start_new_session=True)
+
+
+def test_a_killed_build_leaves_no_library_and_the_next_one_clears_up(
+    compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "cache" / "cpu.so"
+    monkeypatch.setenv("SECONDS_TO_BUILD", "600")
+    with building(compiler, library) as process:
+        while not list(library.parent.glob(".cpu.so.*/cpu.so")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not library.exists() and len(list(library.parent.iterdir())) == 1
+    monkeypatch.setenv("SECONDS_TO_BUILD", "0")
+    cpu.build(str(compiler), library)
+    assert {p.name: p.read_text() for p in library.parent.iterdir()} == {"cpu.so": "whole\n"}
+
+
+def test_processes_that_build_at_once_do_not_disturb_each_other(
+    compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECONDS_TO_BUILD", "1")
+    library = tmp_path / "cache" / "cpu.so"
+    processes = [building(compiler, library) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+    assert {p.name: p.read_text() for p in library.parent.iterdir()} == {"cpu.so": "whole\n"}
+
+
+def test_what_the_compiler_says_is_passed_on(
+    compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Path]
+) -> None:
+    monkeypatch.setenv("STATUS", "1")
+    compiler.write_text(COMPILER.replace("exit $STATUS", "echo 'No space left on device' >&2; exit 1"))
+    with pytest.raises(RanaError, match=r"(?s)could not build .*RANA_COMPILE_CACHE chooses another.*No space left"):
+        cpu.register()
+    assert loaded == [] and list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_library_that_is_there_needs_no_place_to_write(
+    compiler: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Path]
+) -> None:
+    cpu.register()
+    monkeypatch.setattr(cpu, "check_writable", None)
+    monkeypatch.setattr(cpu, "build", None)
+    cpu.register()
+    assert len(loaded) == 2 and len(set(loaded)) == 1
+
+
+def test_a_library_that_was_cut_off_is_built_anew(
+    compiler: Path, loaded: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    cpu.register()
+    loaded[0].write_text("who")
+    cpu.register()
+    assert len(set(loaded)) == 1 and loaded[0].read_text() == "whole\n"
+    assert "cannot be loaded (file too short): building it anew" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_replaced_and_named_once(
+    compiler: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    loaded: list[Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(cpu.tempfile, "tempdir", None)
+    monkeypatch.setenv("RANA_COMPILE_CACHE", "/proc/none")
+    for _ in range(2):
+        cpu.register()
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "cannot write '/proc/none/library'" in line and "built in" in line and "for this run only" in line
+    assert loaded[0] == loaded[1] and loaded[0].is_relative_to(tmp_path)
+
+
+def test_no_place_to_write_at_all_is_an_error(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setenv("RANA_COMPILE_CACHE", "/proc/nothing")
+    monkeypatch.setattr(cpu.tempfile, "mkdtemp", full)
+    with pytest.raises(WriteError, match=r"temporary files cannot be written either \(No space left"):
+        cpu.register()

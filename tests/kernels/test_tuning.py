@@ -1,0 +1,36 @@
+"""What was measured of the CUDA kernels is kept whole, and measured again where it is not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from rana_compile.kernels import tuning
+from rana_compile.kernels.tuning import Case, Measured, Tile
+
+CASE = Case(1, 4096, 4096, False, torch.float16, torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
+    "kept", [None, "", "[", "7", '[["a", 1, 1, 1], 1, 2, 3]', "[[1, 1, 1, 1], 1]", "[[1], 1, 2, 3]"]
+)
+def test_a_file_that_is_not_whole_is_measured_again(
+    kept: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, calls = tmp_path / "masked.json", []
+    if kept is not None:
+        file.write_text(kept)
+
+    def measure(case: Case, run: object) -> Measured:
+        calls.append(case)
+        return Measured(Tile(64, 8, 1, 2), 1.5, 2.5, 3.5)
+
+    monkeypatch.setattr(tuning, "_file", lambda case: file)
+    monkeypatch.setattr(tuning, "_measure", measure)
+    monkeypatch.setattr(tuning, "_known", {})
+    found = tuning.measured(CASE, lambda *_: None)
+    tuning._known.clear()  # as another process
+    assert tuning.measured(CASE, lambda *_: None) == found == Measured(Tile(64, 8, 1, 2), 1.5, 2.5, 3.5)
+    assert calls == [CASE] and [p.name for p in tmp_path.iterdir()] == ["masked.json"]
+    assert ("measuring again" in caplog.text) == (kept is not None)

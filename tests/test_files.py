@@ -1,0 +1,110 @@
+"""A file is there whole or not at all, whatever happens to the disk or to the process that writes it."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rana_compile.files import check_writable, replacing
+from rana_compile.types import RanaError, WriteError
+
+KILLED = """
+import os, signal, sys
+from rana_compile.files import replacing
+with replacing(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    print("writing", flush=True)
+    if sys.argv[2] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.read()
+"""
+
+
+def writer(path: Path, what: str) -> "subprocess.Popen[str]":
+    """A process in the middle of a write: killed there, or waiting for the end of its input."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path), what], stdin=pipe, stdout=pipe, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "writing\n"
+    return process
+
+
+def write(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def test_a_killed_write_leaves_the_old_file_and_the_next_one_clears_up(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write(path, "old")
+    with writer(path, "kill") as process:
+        process.wait()
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+    write(tmp_path / "other", "new")
+    assert len(list(tmp_path.iterdir())) == 3  # it is not the other's to remove
+    write(path, "new")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file": "new", "other": "new"}
+
+
+def test_a_write_in_progress_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with writer(path, "wait") as process:
+        write(path, "mine")
+        assert path.read_text() == "mine"
+        process.communicate("", timeout=60)
+    assert process.returncode == 0
+    assert path.read_text() == "half"  # its own, and whole: it ended last
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """No file may grow beyond 4096 bytes: as a full disk, but for the number of the error."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_named_and_the_old_file_stays(tmp_path: Path, small_disk: None) -> None:
+    write(tmp_path / "file", "old")
+    with pytest.raises(WriteError, match=r"cannot write '.*file': File too large; what was there before is untouched"):
+        write(tmp_path / "file", "x" * 10_000)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file": "old"}
+
+
+@pytest.mark.parametrize("place", ["/proc/none/file", "{tmp}/file/below"])
+def test_a_place_that_cannot_be_written_is_named_beforehand(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"cannot write .*choose a place that can be written"):
+        check_writable(place.format(tmp=tmp_path))
+
+
+def test_asking_leaves_nothing(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "file")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_errors_of_the_block_itself_stay_what_they_are(tmp_path: Path) -> None:
+    for error in (RanaError("mine"), ValueError("yours"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), replacing(tmp_path / "file"):
+            raise error
+    with pytest.raises(OSError, match="gone"), replacing(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, "gone")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_locks_writes_go_on_and_nothing_of_others_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("rana_compile.files.fcntl.flock", unsupported)
+    (tmp_path / ".file.abc.tmp").mkdir()
+    write(tmp_path / "file", "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".file.abc.tmp", "file"]
