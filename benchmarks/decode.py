@@ -4,8 +4,10 @@
     python benchmarks/decode.py --model llama-2-7b --device cuda --dtype bfloat16 --batch 1 2 4 8 16
     python benchmarks/decode.py --model llama-2-7b --inductor coordinate_descent_tuning=1 triton.enable_pdl=1
 
-Correctness is checked before a speed is printed: the compiled model must give the logits of the plain formulas.
-Models named by shape have random weights: time depends on shapes and densities alone.
+Several at once with the same --turns FILE prepare side by side and are timed one after another. Correctness is checked before a speed is printed: the compiled model must give the logits of the plain formulas.
+Models named by shape have random weights: time depends on shapes and densities alone. They are calibrated on windows
+as long as what is decoded, since a random model's densities depend on the position; what the decoded tokens kept is
+counted and printed.
 """
 
 import argparse

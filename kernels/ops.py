@@ -17,10 +17,11 @@ from rana_compile.types import RanaError
 
 SCHEMAS = (
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    "masked_linear(Tensor z, Tensor threshold, Tensor weight_t, Tensor? bias, int[] parts=[]) -> Tensor",
+    "masked_linear(Tensor z, Tensor threshold, Tensor weight_t, Tensor? bias, int[] parts=[], Tensor? scale=None) "
+    "-> Tensor",
     "rank_linear(Tensor x, Tensor basis, Tensor threshold, Tensor weight_t, Tensor? bias) -> Tensor",
     "gated_mlp(Tensor x, Tensor up_threshold, Tensor up_weight_t, Tensor? up_bias, Tensor down_threshold, "
-    "Tensor down_weight_t, Tensor? down_bias, str activation) -> Tensor",
+    "Tensor down_weight_t, Tensor? down_bias, str activation, Tensor? up_scale=None) -> Tensor",
     "gated_up(Tensor x, Tensor threshold, Tensor gate_weight_t, Tensor gate_threshold, Tensor up_weight, "
     "Tensor? bias, str activation) -> Tensor",
 )
@@ -40,7 +41,14 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.library.register_fake("rana::masked_linear", lib=LIBRARY)
-def _(z: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None, parts: Sequence[int] = ()) -> Tensor:
+def _(
+    z: Tensor,
+    threshold: Tensor,
+    weight_t: Tensor,
+    bias: Tensor | None,
+    parts: Sequence[int] = (),
+    scale: Tensor | None = None,
+) -> Tensor:
     return z.new_empty((*z.shape[:-1], weight_t.shape[1]))
 
 
@@ -59,6 +67,7 @@ def _(
     down_weight_t: Tensor,
     down_bias: Tensor | None,
     activation: str,
+    up_scale: Tensor | None = None,
 ) -> Tensor:
     check_activation(activation)
     return x.new_empty((*x.shape[:-1], down_weight_t.shape[1]))

@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 BEYOND_CACHES = 2**28  # bytes of weights that take turns
 SMALL = 2**20  # bytes of a weight below which launches, not bytes, are what costs
-WARPS = (1000, 2100)  # of all programs together: what keeps the memory busy on about 132 multiprocessors
+WARPS = (1000, 6000)  # of all programs together: what keeps the memory busy on about 132 multiprocessors
+LEAST_ROWS = 64  # of a program: below that its list costs more than it skips
 
 
 class Tile(NamedTuple):
@@ -69,8 +70,8 @@ Run = Callable[[Tile, Case, Tensor, Tensor, Tensor, Tensor], None]  # z, thresho
 
 # Columns, depth, warps. Many small programs win: while some list, others load (on an H200, 4096→12288, half live:
 # 16.8 µs with one warp, 17.3 with 2, 18.8 with 4). A candidate costs seconds to compile; for several rows, more.
-CUTS = ((128, 8, 1), (128, 8, 2), (64, 8, 1))
-GATED_CUTS = ((128, 4, 1), (128, 4, 2), (64, 4, 1))
+CUTS = ((128, 8, 1),)
+AHEAD = 64  # rows of a program that are fetched while it lists the live ones
 USUAL = Tile(32, 4, 4, 1)
 _known: dict[Case, Measured] = {}
 
@@ -103,12 +104,11 @@ def measured(case: Case, run: Run) -> Measured:
 def candidates(case: Case) -> Iterator[Tile]:
     """Cuts with about as many warps as the multiprocessors take; one at least."""
     found = False
-    cuts = GATED_CUTS if case.gate else CUTS
-    for columns, depth, warps in cuts[: 3 if case.rows == 1 else 1]:
+    width = 2 * case.cols if case.gate else case.cols
+    for columns, depth, warps in CUTS:
         for split in (1, 2, 4, 8, 16, 32, 64):
-            programs = triton.cdiv(case.cols, columns) * split
-            rows = warps * 32 * 16 // case.dtype.itemsize // columns  # read together
-            if WARPS[0] <= programs * warps <= WARPS[1] and case.d >= split * rows * depth:
+            programs = triton.cdiv(width, columns) * split
+            if WARPS[0] <= programs * warps <= WARPS[1] and case.d >= split * LEAST_ROWS:
                 found = True
                 yield Tile(columns, depth, warps, split)
     if not found:
@@ -117,7 +117,7 @@ def candidates(case: Case) -> Iterator[Tile]:
 
 def _file(case: Case) -> Path:
     name = torch.cuda.get_device_name(case.device)
-    of = (name, triton.__version__, torch.__version__, tuple(case)[:-1], CUTS, GATED_CUTS)
+    of = (name, triton.__version__, torch.__version__, tuple(case)[:-1], CUTS)
     return cache_directory() / f"masked_{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.json"
 
 

@@ -17,8 +17,7 @@ from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 
 from rana_compile.adapters import FAMILIES, Tensors
-from rana_compile.adapters.base import stack
-from rana_compile.adapters.neuron import row_thresholds
+from rana_compile.adapters.base import scale_for, stack
 from rana_compile.passes.match import Block, Linear, Match
 
 
@@ -120,13 +119,14 @@ def _replace_mlp(gm: fx.GraphModule, mlp: FusedMlp, env: dict[fx.Node, fx.Node])
     with graph.inserting_before(target):
         args = (
             env[mlp.up.match.x],
-            graph.call_function(row_thresholds, (env[mlp.up.match.x], up["threshold"], up["probe"])),
+            up["threshold"],
             up["weight_t"],
             _stacked_bias(graph, mlp.up.match.linears, env),
             down["threshold"],
             down["weight_t"],
             _bias(env, last),
             mlp.activation,
+            graph.call_function(scale_for, (env[mlp.up.match.x], up["probe"])),
         )
         output = graph.call_function(rana_gated_mlp_decode, args)
     output.meta = dict(target.meta)

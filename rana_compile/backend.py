@@ -146,11 +146,8 @@ def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -
     mixed = {match.x.meta["example_value"].dtype, *(w.dtype for w in weights)} != {dtype}
     if not rows or mixed or dtype not in ops.DTYPES or not ops.is_supported(device.type):
         return False
-    per_token = entry is not None and (entry.family == "gated" or len(entry.tensors.get("probe", ())) > 0)
-    if entry is None or "threshold" not in entry.tensors or (per_token and rows != 1):
-        return rows == 1  # dense products; masks that only one token agrees on
-    if entry.family == "gated":
-        return True
+    if entry is None or "threshold" not in entry.tensors or entry.family == "gated":
+        return rows == 1  # dense products; live outputs that only one token agrees on
     site, basis = entry.site, entry.tensors.get("output_basis")
     d, density = (site.d_in, entry.flops_kept) if basis is None else (basis.shape[1], entry.live[0] / basis.shape[1])
     gated = site.kind == "gate_up" and basis is None

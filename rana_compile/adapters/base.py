@@ -76,26 +76,39 @@ def adapter_flops(family: Family, site: Site, live: Sequence[float], tensors: Te
 LIMIT = 2.0  # of log s: no token is taken for more than e² times as sensitive as the usual one, nor for less
 
 
+def sensitivities(x: Tensor, probe: Tensor) -> list[Tensor]:
+    """How much each token x [..., d] matters to each mask, relative to the usual token: float32 [...], one a mask.
+
+    ``probe`` [masks, d + 1] holds slopes and an offset of the logarithm (``rana_compile.probe``). One sum a mask:
+    Inductor fuses such sums into the kernel that made x, and what follows from them, but not a sum over [masks, d].
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    logs = [(wide * slopes).sum(-1) + offset for slopes, offset in zip(probe[:, :-1], probe[:, -1], strict=True)]
+    return [log.clamp(-LIMIT, LIMIT).exp() for log in logs]
+
+
 def sensitivity(x: Tensor, probe: Tensor) -> Tensor:
-    """How much each token matters to each mask, relative to the usual token: x [..., d] -> [..., masks], float32.
+    """The same as one tensor [..., masks]."""
+    return torch.stack(sensitivities(x, probe), -1)
 
-    ``probe`` [masks, d + 1] holds slopes and an offset of the logarithm (``rana_compile.probe``).
+
+def token_thresholds(x: Tensor, threshold: Tensor, probe: Tensor) -> Sequence[Tensor]:
+    """Thresholds [masks, n] for each token x [..., d], lower where it matters more: [..., n], one a mask.
+
+    Without a probe ([0, d + 1]) they are the same for all tokens: [n].
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-2)
-    return ((wide * probe[:, :-1]).sum(-1) + probe[:, -1]).clamp(-LIMIT, LIMIT).exp()
-
-
-def token_thresholds(x: Tensor, threshold: Tensor, probe: Tensor) -> Tensor:
-    """Thresholds [masks, n] for each token x [..., d], lower where it matters more: [..., masks, n].
-
-    Without a probe ([0, d + 1]) they are the same for all tokens: [masks, n].
-    """
-    return threshold / sensitivity(x, probe).unsqueeze(-1) if len(probe) else threshold
+    rows = threshold.unbind()
+    return [t / s.unsqueeze(-1) for t, s in zip(rows, sensitivities(x, probe), strict=True)] if len(probe) else rows
 
 
 def weighed(z: Tensor, x: Tensor, probe: Tensor) -> Tensor:
     """z [..., n] times the sensitivity of the tokens x [..., d] to one mask: what its threshold is compared with."""
     return z * sensitivity(x, probe) if len(probe) else z
+
+
+def scale_for(x: Tensor, probe: Tensor) -> Tensor | None:
+    """What the kernels divide thresholds by, for each token x [..., d]: [..., masks], or None without a probe."""
+    return sensitivity(x, probe) if len(probe) else None
 
 
 def stack(parts: Sequence[Tensor]) -> Tensor:

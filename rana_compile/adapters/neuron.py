@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rana_compile.adapters.base import Biases, Mask, Tensors, stack, token_thresholds, weighed
+from rana_compile.adapters.base import Biases, Mask, Tensors, scale_for, stack, token_thresholds, weighed
 from rana_compile.kernels.reference import apply_threshold
 from rana_compile.types import Site
 
@@ -34,7 +34,7 @@ class Neuron:
         self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors
     ) -> tuple[Tensor, ...]:
         thresholds = token_thresholds(x, tensors["threshold"], tensors["probe"])
-        parts = zip(weights, biases, thresholds.unbind(-2), strict=True)
+        parts = zip(weights, biases, thresholds, strict=True)
         return tuple(F.linear(apply_threshold(x, t), w, b) for w, b, t in parts)
 
     def pack(self, site: Site, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
@@ -45,8 +45,10 @@ class Neuron:
         return packed["weight_t"].t().split(list(site.d_outs))
 
     def decode(self, site: Site, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
-        threshold = row_thresholds(x, packed["threshold"], packed["probe"])
-        return torch.ops.rana.masked_linear(x, threshold, packed["weight_t"], bias, list(site.d_outs))
+        scale = scale_for(x, packed["probe"])
+        return torch.ops.rana.masked_linear(
+            x, packed["threshold"], packed["weight_t"], bias, list(site.d_outs), scale
+        )
 
     def fixed_flops(self, site: Site, tensors: Tensors) -> float:
         return 2.0 * tensors["probe"].numel()
@@ -65,8 +67,3 @@ def scaled_row(threshold: Tensor, index: int, factor: float) -> Tensor:
     factors = torch.ones(len(threshold), 1, device=threshold.device)
     factors[index] = factor
     return threshold * factors
-
-
-def row_thresholds(x: Tensor, threshold: Tensor, probe: Tensor) -> Tensor:
-    """Thresholds [masks, n] for the kernels: with a probe, those of the one row x [..., d]."""
-    return token_thresholds(x, threshold, probe).reshape(threshold.shape)
