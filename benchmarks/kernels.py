@@ -128,7 +128,7 @@ def cases(
     for d, d_out in sorted(outputs) + ([] if quick else [(hidden, vocabulary)]):
         weights = copies((d_out, d), device, dtype)
         yield linear_case(x[d], weights)
-        if d_out != vocabulary:
+        if d_out != vocabulary or device.type == "cuda":
             weights_t = [w.t().contiguous() for w in weights]
             yield from (masked_case(x[d], weights, weights_t, density) for density in densities)
         if d_out == hidden + 2 * kv:

@@ -31,6 +31,7 @@ for schema in SCHEMAS:
     LIBRARY.define(schema)
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})  # what the kernels take
+MOST_TOGETHER = 64  # rows of a product that is still bound by the weights it reads
 _LOADERS = {"cpu": "rana_compile.kernels.cpu", "cuda": "rana_compile.kernels.cuda"}
 _LOCK = threading.Lock()
 
@@ -105,6 +106,14 @@ def masked_is_faster(
     load(device.type)
     union = 1 - (1 - min(density, 1.0)) ** rows
     return bool(import_module(_LOADERS[device.type]).masked_is_faster(rows, d, d_out, union, dtype, device, gated))
+
+
+def together_is_faster(rows: int, parts: int, device_type: str) -> bool:
+    """Whether one dense product of all parts' inputs with all columns, of which each part keeps its own, is preferred.
+
+    It reads the same weights in fewer kernels, for ``parts`` times the multiply-adds: free while memory is the limit.
+    """
+    return device_type == "cuda" and parts > 1 and rows > 1 and rows * parts <= MOST_TOGETHER
 
 
 def load(device_type: str) -> None:

@@ -8,11 +8,12 @@ Parts of the columns may have masks of their own: a program's block lies in one 
 
 Each program makes its own list: that costs less than another launch. Without a list, skipped rows would still cost
 the instructions of their loads and products, which is most of the time at low densities.
+While the list is made, the first of its rows are already on their way to the second-level cache.
 The loads of a later tile are issued in the loop's round before the one that multiplies it: within a round ptxas would
 put each load next to its use, one in flight at a time.
 """
 # mypy: ignore-errors
-# ruff: noqa: C901, RUF005  (branches of constants cost nothing; Triton compiles no unpacking)
+# ruff: noqa: RUF005  (Triton compiles no unpacking)
 
 import triton
 import triton.language as tl
@@ -41,7 +42,7 @@ def _store(y, bias, out, at, n, valid):
 
 @triton.jit
 def _block(PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """This program's part, its first column and the part's end. PARTS: each part's first block, first column and end."""
+    """This program's part, its first column and the part's end. PARTS: each part's first block, column, and end."""
     block = tl.program_id(0)
     part = 0
     column = block * BLOCK_N
@@ -156,9 +157,9 @@ def masked_gemv(
     """z [BATCH, d], weight [d, ld] -> out [BATCH, ld], or if SUMS [splits, BATCH, ld] in float32 for ``add_parts``.
 
     PARTS (see ``_block``) are columns with a mask of their own each: threshold [parts, d], and, or None, scale
-    [BATCH, parts], by which thresholds are divided. ``entries`` [programs, BATCH, PART] is scratch. DEPTH tiles [ROWS, BLOCK_N] of the weight
-    are in flight: each is multiplied just before its registers are loaded with the tile DEPTH further on, whose
-    entries were read one round earlier still.
+    [BATCH, parts], by which thresholds are divided. ``entries`` [programs, BATCH, PART] is scratch. DEPTH tiles
+    [ROWS, BLOCK_N] of the weight are in flight: each is multiplied just before its registers are loaded with the tile
+    DEPTH further on, whose entries were read one round earlier still.
     """
     LANE: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth  # elements of a 16-byte load
     ROWS: tl.constexpr = max(1, WARPS * 32 * LANE // BLOCK_N)  # weight rows that the threads read together

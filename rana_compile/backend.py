@@ -88,7 +88,8 @@ def adapt_graph(
         if training:
             lowerings.append(Lowering(match, entry.family, False, bound.stored))
             continue
-        buffers = bound.packed(weights) if decode else bound.folded(weights)
+        packed = decode or _is_together(match, weights, entry)
+        buffers = bound.packed(weights) if packed else bound.folded(weights)
         lowerings.append(Lowering(match, entry.family, decode, buffers))
         refresh.append((bound, places))
     masked = sum(low.decode and low.family != "dense" for low in lowerings)
@@ -155,6 +156,12 @@ def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -
     if not faster:
         log.debug("%s: for %d rows the dense product is faster than the masked kernel here", site.name, rows)
     return faster
+
+
+def _is_together(match: Match, weights: Sequence[Tensor], entry: SitePlan) -> bool:
+    """Whether the parts of a masked stack are computed as one product of the packed weights."""
+    together = ops.together_is_faster(match.rows or 0, len(weights), weights[0].device.type)
+    return together and entry.family == "neuron" and len({w.dtype for w in weights}) == 1
 
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions) -> Callable[..., Any]:

@@ -106,11 +106,6 @@ def weighed(z: Tensor, x: Tensor, probe: Tensor) -> Tensor:
     return z * sensitivity(x, probe) if len(probe) else z
 
 
-def scale_for(x: Tensor, probe: Tensor) -> Tensor | None:
-    """What the kernels divide thresholds by, for each token x [..., d]: [..., masks], or None without a probe."""
-    return sensitivity(x, probe) if len(probe) else None
-
-
 def stack(parts: Sequence[Tensor]) -> Tensor:
     """Parts along the output dimension; no copy for one part."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=0)
@@ -119,4 +114,16 @@ def stack(parts: Sequence[Tensor]) -> Tensor:
 def split_linear(z: Tensor, weight: Tensor, biases: Biases, d_outs: Sequence[int]) -> tuple[Tensor, ...]:
     """One product with a stacked weight [d_out, d], split into the parts' outputs."""
     parts = F.linear(z, weight).split(list(d_outs), dim=-1)
+    return tuple(part if b is None else part + b for part, b in zip(parts, biases, strict=True))
+
+
+def one_product(
+    inputs: Sequence[Tensor], weight_t: Tensor, biases: Biases, d_outs: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """Each part's input [..., d] with its columns of weight_t [d, d_out], as one product of all with all.
+
+    For few rows: memory gives one large weight faster than several small ones, and that is all that costs.
+    """
+    products = torch.stack(list(inputs)) @ weight_t  # [parts, ..., d_out]
+    parts = [y.split(list(d_outs), dim=-1)[i] for i, y in enumerate(products)]
     return tuple(part if b is None else part + b for part, b in zip(parts, biases, strict=True))

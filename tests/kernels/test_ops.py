@@ -225,6 +225,14 @@ def test_an_unknown_activation_is_an_error_without_running() -> None:
         torch.ops.rana.gated_mlp(*meta, "swish")
 
 
+def test_parts_are_computed_together_while_the_weights_are_the_limit() -> None:
+    assert ops.together_is_faster(16, 3, "cuda")
+    assert not ops.together_is_faster(16, 1, "cuda")  # nothing to put together
+    assert not ops.together_is_faster(1, 3, "cuda")
+    assert not ops.together_is_faster(512, 3, "cuda")  # bound by multiply-adds
+    assert not ops.together_is_faster(16, 3, "cpu")  # not measured
+
+
 def test_a_device_without_kernels_is_an_error() -> None:
     assert not ops.is_supported("xpu")
     with pytest.raises(RanaError, match="'xpu'; known: cpu, cuda"):
