@@ -2,7 +2,8 @@
 # On a machine with an H200 or H100: kernel tests, memory checks, benchmarks. Logs and tables go to $OUT (default: out).
 # benchmarks/h200.sh [tests] [memcheck] [kernels] [calibrate] [decode]: only these parts. Each ends within ten minutes.
 # "kernels" also measures, once and quietly, what "decode" needs to know of each shape. The runs of "decode" prepare
-# side by side and are timed one after another; BESIDE="tests calibrate" prepares those parts with them.
+# side by side and are timed one after another; parts named in BESIDE run while they prepare. LAYERS=16, of the 32 that
+# Llama-2-7B has, leaves room for that on 80 GB.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 OUT="${OUT:-out}"
@@ -50,7 +51,8 @@ run() { # a part by its name
             (flock -s 9 && run "$each") 9>>"$OUT/turns" & # nobody is timed meanwhile
             tasks+=($!)
         done
-        part decode-7b 570 "${DECODE[@]}" "${TURNS[@]}" --model llama-2-7b --calibration-tokens 1024 "${FASTEST[@]}" &
+        part decode-7b 570 "${DECODE[@]}" "${TURNS[@]}" --model llama-2-7b --layers "${LAYERS:-32}" \
+            --calibration-tokens 1024 "${FASTEST[@]}" &
         tasks+=($!)
         part decode-8b 570 "${DECODE[@]}" "${TURNS[@]}" --model llama-3-8b --layers 4 --calibration-tokens 1024 \
             "${FASTEST[@]}" &

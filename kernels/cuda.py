@@ -186,7 +186,7 @@ def _run(
     ahead = tuning.AHEAD if z.is_cuda else 0  # the interpreter knows no assembly
     _launch(programs.masked_gemv, grid, *args, **shape, **config, AHEAD=ahead)
     if apart:
-        block_n = max(16, min(128, 2048 // split))
+        block_n = max(32, min(128, 1024 // split))
         grid = (triton.cdiv(cols, block_n), rows)
         shared = {"ACTIVATION": activation if gate else None, "SPLIT": split}
         _launch(programs.add_parts, grid, sums, bias, out, rows, cols, ld, BLOCK_N=block_n, **shared)

@@ -78,6 +78,29 @@ def test_activations_and_tiles(rows: int, activation: str | None) -> None:
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
+@on_kernels
+@pytest.mark.parametrize("parts", [(130,), (60, 33, 7), (1, 0, 130)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_parts_and_tiles(rows: int, parts: tuple[int, ...]) -> None:
+    """Nothing, everything or one coordinate live in a part; parts that end within a block, and an empty one."""
+    from rana_compile.kernels import cuda
+    from rana_compile.kernels.tuning import CUTS, USUAL, Case, Tile
+
+    d, ld = 150, sum(parts)
+    levels = torch.stack([torch.full((d,), torch.inf), torch.zeros(d), torch.full((d,), torch.inf)])[-len(parts) :]
+    levels[-1, 17] = 0.0
+    threshold, scale = levels.to(DEVICE), torch.rand(rows, len(parts), device=DEVICE) + 0.5
+    z, weight_t = torch.randn(rows, d, device=DEVICE), torch.randn(d, ld, device=DEVICE) / 17
+    expected = reference.masked_linear(z, threshold, weight_t, None, parts, scale)
+    case = Case(rows, d, ld, False, z.dtype, z.device)
+    for tile in (USUAL, *(Tile(*cut, 4 if rows == 1 else 1) for cut in CUTS)):
+        poison = [torch.full((n,), torch.nan, device=DEVICE) for n in (rows * ld, 4 * rows * ld, 152, 304) * 2]
+        del poison  # the allocator likes to give freed memory again
+        out = torch.full((rows, ld), torch.nan, device=DEVICE)
+        cuda._run(tile, case, z, threshold, weight_t, out, parts=parts, scale=scale)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
 MASKED = {
     "z": "*T",
     "threshold": "*fp32",
