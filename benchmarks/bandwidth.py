@@ -23,6 +23,9 @@ def measured_bandwidth(device: torch.device, rounds: int = 7) -> float:
         work()
         _wait(device)
         times.append(time.perf_counter() - begin)
+    if device.type == "cuda":
+        del source, target, work
+        torch.cuda.empty_cache()
     return moved / statistics.median(times)
 
 

@@ -4,13 +4,15 @@
     python benchmarks/decode.py --model llama-2-7b --device cuda --dtype bfloat16 --batch 1 2 4 8 16
     python benchmarks/decode.py --model llama-2-7b --inductor coordinate_descent_tuning=1 triton.enable_pdl=1
 
+Several at once with the same --turns FILE prepare side by side and are timed one after another.
 Correctness is checked before a speed is printed: the compiled model must give the logits of the plain formulas.
-Models named by shape have random weights: time depends on shapes and densities alone.
+Models named by shape have random weights: time depends on shapes and densities alone. They are calibrated on windows
+as long as what is decoded, since a random model's densities depend on the position; what the decoded tokens kept is
+counted and printed.
 """
 
 import argparse
 import functools
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -26,8 +28,10 @@ from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES
 from torch import Tensor, nn
+from turns import Turns
 
 import rana_compile
+from rana_compile.flops import total_dense_flops
 from rana_compile.report import totals
 
 PROMPT = 16  # tokens before the first decoded one
@@ -49,11 +53,15 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     dtype = getattr(torch, settings.dtype)
+    turns = Turns(settings.turns)
     model, calibration = load(settings, dtype)
     plan = planned(model, calibration, settings)
-    bandwidth = measured_bandwidth(torch.device(settings.device))
-    console.print(f"{totals(plan)}; streaming {bandwidth / 1e9:.0f} GB/s", highlight=False)
-    timings = [t for batch in settings.batch for t in measured(model, plan, batch, settings)]
+    console.print(totals(plan), highlight=False)
+    ready = [prepared(model, plan, batch, settings) for batch in settings.batch]
+    with turns.timing():
+        bandwidth = measured_bandwidth(torch.device(settings.device))
+        console.print(f"streaming {bandwidth / 1e9:.0f} GB/s", highlight=False)
+        timings = [t for steps in ready for t in measured(model, plan, steps, settings)]
     if timings:
         show(timings, bandwidth, settings)
 
@@ -78,6 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tolerance", type=float, help="relative difference of logits that is accepted; many random layers amplify it"
     )
+    parser.add_argument("--turns", type=Path, help="a file; processes that name it are timed one after another")
     parser.add_argument("--eager", action="store_true", help="time the dense model without Inductor too")
     settings = parser.parse_args()
     if settings.mode is None and settings.device.startswith("cuda"):
@@ -94,11 +103,10 @@ def typed(name: str, value: str) -> Any:
 
 
 def load(settings: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Tensor]:
-    """The model on its device, and calibration windows [windows, 512]."""
-    windows = max(2, settings.calibration_tokens // 512)
+    """The model on its device, and calibration windows [windows, length]."""
     if settings.model == "smollm2":
         model, tokenizer = load_smollm2(dtype)
-        return model.to(settings.device), pydoc_topics(tokenizer, 512, windows, 1)[0]
+        return model.to(settings.device), pydoc_topics(tokenizer, 512, max(2, settings.calibration_tokens // 512), 1)[0]
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = SHAPES[settings.model]
@@ -117,7 +125,8 @@ def load(settings: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Tensor]
         torch.set_default_dtype(dtype)
         model = LlamaForCausalLM(config).eval()
         torch.set_default_dtype(default)
-    return model, torch.randint(shape.vocabulary, (windows, 512))
+    length = PROMPT + settings.tokens
+    return model, torch.randint(shape.vocabulary, (max(2, settings.calibration_tokens // length), length))
 
 
 def planned(model: nn.Module, windows: Tensor, settings: argparse.Namespace) -> rana_compile.Plan:
@@ -128,7 +137,11 @@ def planned(model: nn.Module, windows: Tensor, settings: argparse.Namespace) -> 
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     plan = rana_compile.calibrate(
-        model, windows.split(1), settings.flops_budget, recipe=settings.recipe, exclude=settings.exclude
+        model,
+        windows.split(max(1, 512 // windows.shape[1])),
+        settings.flops_budget,
+        recipe=settings.recipe,
+        exclude=settings.exclude,
     )
     peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of device memory" if on_cuda else ""
     console.print(f"calibrated on {windows.numel()} tokens in {time.perf_counter() - begin:.0f} s{peak}")
@@ -137,55 +150,79 @@ def planned(model: nn.Module, windows: Tensor, settings: argparse.Namespace) -> 
     return plan
 
 
-def measured(model: Any, plan: rana_compile.Plan, batch: int, settings: argparse.Namespace) -> list[Timing]:
-    """Every variant at one batch size, timed in turns."""
-    torch.compiler.reset()
+def prepared(model: Any, plan: rana_compile.Plan, batch: int, settings: argparse.Namespace) -> "dict[str, Decoder]":
+    """Every variant at one batch size, compiled and warm, its first step checked."""
+    torch._dynamo.config.recompile_limit = 64  # one graph a batch size and variant
     own = dict(torch._inductor.list_mode_options(settings.mode)) if settings.mode else {}
-    dense = torch.compile(model.forward, options=own | settings.inductor)
     options = {"plan": plan, "inductor": settings.inductor} | ({"mode": settings.mode} if settings.mode else {})
-    adapted = torch.compile(model.forward, backend="rana", options=options)
-    check(model, adapted, plan, batch, settings)
-    variants: dict[str, Callable[..., Any]] = {"dense Inductor": dense, "rana": adapted}
+    variants: dict[str, Callable[..., Any]] = {
+        "dense Inductor": torch.compile(model.forward, dynamic=False, options=own | settings.inductor),
+        "rana": torch.compile(model.forward, dynamic=False, backend="rana", options=options),
+    }
     if settings.eager:
         variants = {"dense eager": model.forward} | variants
     steps = {name: Decoder(model, forward, batch, settings) for name, forward in variants.items()}
     for step in steps.values():
         step.run(4)
-    rounds = [{name: step.run(settings.tokens) for name, step in steps.items()} for _ in range(settings.rounds)]
-    dense_bytes = plan.model_flops / 2 * next(model.parameters()).element_size()
-    read = {name: dense_bytes * (plan.flops_kept_model if name == "rana" else 1.0) for name in steps}
-    result = [Timing(name, batch, statistics.median(r[name] for r in rounds), read[name]) for name in steps]
-    del steps
-    gc.collect()
-    return result
+    check(model, steps["rana"], plan, batch, settings)
+    return steps
 
 
-def check(
-    model: Any, fast: Callable[..., Any], plan: rana_compile.Plan, batch: int, settings: argparse.Namespace
-) -> None:
-    """One decode step, compiled, against the plain formulas. Raises SystemExit if they differ."""
-    ids = torch.randint(model.config.vocab_size, (batch, 1), device=settings.device)
+def check(model: Any, fast: "Decoder", plan: rana_compile.Plan, batch: int, settings: argparse.Namespace) -> None:
+    """The first compiled step against the plain formulas, and what they keep. Raises SystemExit if they differ."""
     with rana_compile.adapted(model, plan) as run:
-        expected = run(input_ids=ids, use_cache=False).logits.float()
-    got = fast(input_ids=ids, use_cache=False).logits.float()
-    error = float((got - expected).norm() / expected.norm())
+        plain = Decoder(model, run, batch, settings)
+        plain.run(settings.tokens)
+    fast.kept = run.flops_kept
+    error = float((fast.first - plain.first).norm() / plain.first.norm())
     # a coordinate at its threshold may fall either way, and later layers follow it
     limit = settings.tolerance or (1e-3 if settings.dtype == "float32" else 0.1)
-    console.print(f"batch {batch}: relative difference to the plain formulas {error:.1e}", highlight=False)
+    console.print(
+        f"batch {batch}: relative difference to the plain formulas {error:.1e}; decoded with {fast.kept:.1%} of the "
+        "included sites' FLOPs",
+        highlight=False,
+    )
     if not error < limit:
         raise SystemExit(f"wrong result: relative difference {error:.2e}, expected below {limit}")
 
 
+def measured(
+    model: Any, plan: rana_compile.Plan, steps: "dict[str, Decoder]", settings: argparse.Namespace
+) -> list[Timing]:
+    """The variants in turns."""
+    for step in steps.values():
+        step.run(4)
+    rounds = [{name: step.run(settings.tokens) for name, step in steps.items()} for _ in range(settings.rounds)]
+    included = total_dense_flops(entry.site for entry in plan.sites)
+    dense_bytes = next(model.parameters()).element_size() / 2  # per FLOP
+    return [
+        Timing(
+            name,
+            len(step.prompt),
+            statistics.median(r[name] for r in rounds),
+            dense_bytes * (plan.model_flops - included * (1 - step.kept)),
+        )
+        for name, step in steps.items()
+    ]
+
+
 class Decoder:
-    """Greedy decoding with a static cache; every call of ``run`` starts again behind the same prompt."""
+    """Greedy decoding with a static cache; every call of ``run`` starts again behind the same prompt.
+
+    Attributes:
+        kept: of the plan's FLOPs.
+        first: logits of the first decoded step.
+    """
 
     def __init__(self, model: Any, forward: Callable[..., Any], batch: int, settings: argparse.Namespace) -> None:
         from transformers import StaticCache
 
         self.forward, self.device = forward, torch.device(settings.device)
         self.cache = StaticCache(config=model.config, max_cache_len=settings.context)
-        self.prompt = torch.randint(model.config.vocab_size, (batch, PROMPT), device=self.device)
-        self.model = model
+        same = torch.Generator().manual_seed(batch)
+        self.prompt = torch.randint(model.config.vocab_size, (batch, PROMPT), generator=same).to(self.device)
+        self.model, self.kept = model, 1.0
+        self.first = torch.empty(0)
 
     def run(self, tokens: int) -> float:
         """Milliseconds per decoded token."""
@@ -200,6 +237,8 @@ class Decoder:
                 begin = self._now()
             torch.compiler.cudagraph_mark_step_begin()
             logits = self.forward(input_ids=ids, past_key_values=self.cache, position_ids=position).logits
+            if i == 0:
+                self.first = logits.float().clone()
             ids = logits[:, -1:].argmax(-1)
             position = position + 1
         return (self._now() - begin) * 1e3 / tokens

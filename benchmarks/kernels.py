@@ -128,9 +128,12 @@ def cases(
     for d, d_out in sorted(outputs) + ([] if quick else [(hidden, vocabulary)]):
         weights = copies((d_out, d), device, dtype)
         yield linear_case(x[d], weights)
-        if d_out != vocabulary:
+        if d_out != vocabulary or device.type == "cuda":
             weights_t = [w.t().contiguous() for w in weights]
             yield from (masked_case(x[d], weights, weights_t, density) for density in densities)
+        if d_out == hidden + 2 * kv:
+            parts = (hidden, kv, kv)
+            yield from (masked_case(x[d], weights, weights_t, density, parts) for density in densities)
     weights = copies((hidden + 2 * kv, hidden), device, dtype)
     bases = copies((hidden // 2, hidden), device, dtype)
     weights_t = copies((hidden // 2, hidden + 2 * kv), device, dtype)
@@ -163,17 +166,21 @@ def linear_case(x: Tensor, weights: list[Tensor]) -> Case:
     )
 
 
-def masked_case(x: Tensor, weights: list[Tensor], weights_t: list[Tensor], density: float) -> Case:
+def masked_case(
+    x: Tensor, weights: list[Tensor], weights_t: list[Tensor], density: float, parts: tuple[int, ...] = ()
+) -> Case:
+    """With ``parts``, a mask for each of them, as q, k and v have."""
     d_out, d = weights[0].shape
     n, size = len(weights), float(weights[0].nbytes)
-    threshold = threshold_for(d, density, x.device)
+    masks = [threshold_for(d, density, x.device) for _ in parts or (d_out,)]
+    threshold = torch.stack(masks) if parts else masks[0]
     return Case(
-        op="masked_linear",
+        op=f"masked_linear{f', {len(parts)} masks' if parts else ''}",
         shape=f"{d}→{d_out}",
         rows=len(x),
         density=density,
-        run=lambda i: torch.ops.rana.masked_linear(x, threshold, weights_t[i % n], None),
-        plain=lambda: reference.masked_linear(x, threshold, weights_t[0]),
+        run=lambda i: torch.ops.rana.masked_linear(x, threshold, weights_t[i % n], None, parts),
+        plain=lambda: reference.masked_linear(x, threshold, weights_t[0], None, parts),
         dense=lambda i: F.linear(x, weights[i % n]),
         bytes_needed=density * size,
         dense_bytes=size,
@@ -204,7 +211,8 @@ def rank_case(x: Tensor, weights: list[Tensor], bases: list[Tensor], weights_t: 
 def gated_case(x: Tensor, ups: list[Tensor], downs: list[Tensor], density: float) -> Case:
     (d, both), inner = ups[0].shape, downs[0].shape[0]
     n, size = len(ups), float(ups[0].nbytes + downs[0].nbytes)
-    first, second = threshold_for(d, density, x.device), threshold_for(inner, density, x.device)
+    first = torch.stack([threshold_for(d, density, x.device) for _ in range(2)])  # gate's and up's
+    second = threshold_for(inner, density, x.device)
 
     def dense(i: int) -> Tensor:
         hidden = reference.gated(F.linear(x, ups[i % n].view(both, d)), "silu")

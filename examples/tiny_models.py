@@ -235,6 +235,6 @@ def mask_by_hooks(model: nn.Module, plan: Plan) -> list[RemovableHandle]:
 def _masking(threshold: Tensor, probe: Tensor) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
     def masked(module: nn.Module, args: tuple[Tensor]) -> Tensor:
         (x,) = args
-        return x * (x.abs() >= token_thresholds(x, threshold, probe)[..., 0, :])
+        return x * (x.abs() >= token_thresholds(x, threshold, probe)[0])
 
     return masked

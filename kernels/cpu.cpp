@@ -111,18 +111,28 @@ void masked_tile(const float* x, int64_t rows, int64_t d, const std::vector<int6
   for (int64_t r = 0; r < rows; ++r) store(out + r * ld + begin, acc + r * n, bias ? bias + begin : nullptr, n);
 }
 
+// What a row's thresholds are divided by, one for each mask of a row; no data: 1.
+struct Scale {
+  const float* data = nullptr;
+  int64_t masks = 1;
+  float of(int64_t row) const { return data ? data[row * masks] : 1.0f; }
+  Scale next(int64_t count) const { return {data ? data + count : data, masks}; }
+};
+
 // Columns [0, d_out) of weight and out, whose rows are ld elements apart.
 template <typename T>
 void masked_rows(const T* z, int64_t rows, int64_t d, const float* threshold, const T* weight, int64_t d_out,
-                 int64_t ld, const T* bias, T* out) {
+                 int64_t ld, const T* bias, T* out, Scale scale = {}) {
   Scratch& s = scratch();
   s.x.resize(rows * d);
   s.live.clear();
-  for (int64_t r = 0; r < rows; ++r)
+  for (int64_t r = 0; r < rows; ++r) {
+    const float by = scale.of(r);
     for (int64_t j = 0; j < d; ++j) {
       const float value = static_cast<float>(z[r * d + j]);
-      s.x[r * d + j] = std::fabs(value) < threshold[j] ? 0.0f : value;  // NaN is kept
+      s.x[r * d + j] = std::fabs(value) < threshold[j] / by ? 0.0f : value;  // NaN is kept
     }
+  }
   for (int64_t j = 0; j < d; ++j) {
     bool any = false;
     for (int64_t r = 0; r < rows; ++r) any |= s.x[r * d + j] != 0.0f;  // a kept zero adds nothing
@@ -145,12 +155,13 @@ void masked_rows(const T* z, int64_t rows, int64_t d, const float* threshold, co
 // The same, one mask per part: threshold [parts, d], the parts' columns side by side.
 template <typename T>
 void masked_parts(const T* z, int64_t rows, int64_t d, const float* threshold, const T* weight, at::IntArrayRef parts,
-                  const T* bias, T* out) {
+                  const T* bias, T* out, Scale scale) {
   int64_t ld = 0, begin = 0;
   for (int64_t part : parts) ld += part;
   for (int64_t part : parts) {
-    masked_rows(z, rows, d, threshold, weight + begin, part, ld, bias ? bias + begin : nullptr, out + begin);
+    masked_rows(z, rows, d, threshold, weight + begin, part, ld, bias ? bias + begin : nullptr, out + begin, scale);
     threshold += d;
+    scale = scale.next(1);
     begin += part;
   }
 }
@@ -394,21 +405,34 @@ void check_threshold(const Tensor& threshold, int64_t d) {
               threshold.scalar_type());
 }
 
+Scale scale_of(const std::optional<Tensor>& scale, const Tensor& x, int64_t masks) {
+  if (!scale.has_value()) return {};
+  auto sizes = x.sizes().vec();
+  sizes.back() = masks;
+  TORCH_CHECK(scale->scalar_type() == at::kFloat && scale->is_contiguous() && scale->sizes() == at::IntArrayRef(sizes),
+              "expected a contiguous float32 scale ", at::IntArrayRef(sizes), ", got ", scale->sizes(), " of ",
+              scale->scalar_type());
+  return {scale->const_data_ptr<float>(), masks};
+}
+
 Tensor masked_linear(const Tensor& z, const Tensor& threshold, const Tensor& weight_t,
-                     const std::optional<Tensor>& bias, at::IntArrayRef given) {
+                     const std::optional<Tensor>& bias, at::IntArrayRef given, const std::optional<Tensor>& scale) {
   check(z, weight_t, weight_t.size(0), weight_t.dim() == 2 ? weight_t.size(1) : 0, bias);
   const int64_t whole = weight_t.size(1);
   const at::IntArrayRef parts = given.empty() ? at::IntArrayRef(whole) : given;
   int64_t columns = 0;
   for (int64_t part : parts) columns += part;
   TORCH_CHECK(columns == whole, "the parts have ", columns, " columns, the weight has ", whole);
-  check_threshold(threshold, weight_t.size(0) * static_cast<int64_t>(parts.size()));
+  const int64_t masks = static_cast<int64_t>(parts.size());
+  check_threshold(threshold, weight_t.size(0) * masks);
+  Scale by = scale_of(scale, z, masks);
   Tensor out;
   dispatch(z.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     out = by_chunks<T>(z, weight_t.size(1), [&](const T* in, int64_t rows, T* y) {
       masked_parts<T>(in, rows, weight_t.size(0), threshold.const_data_ptr<float>(), weight_t.const_data_ptr<T>(), parts,
-                      data<T>(bias), y);
+                      data<T>(bias), y, by);
+      by = by.next(rows * masks);
     });
   });
   return out;
@@ -436,11 +460,14 @@ Tensor rank_linear(const Tensor& x, const Tensor& basis, const Tensor& threshold
 
 Tensor gated_mlp(const Tensor& x, const Tensor& up_threshold, const Tensor& up_weight_t,
                  const std::optional<Tensor>& up_bias, const Tensor& down_threshold, const Tensor& down_weight_t,
-                 const std::optional<Tensor>& down_bias, c10::string_view activation) {
+                 const std::optional<Tensor>& down_bias, c10::string_view activation,
+                 const std::optional<Tensor>& up_scale) {
   const Activation act = activation_of(activation);
   check(x, up_weight_t, up_weight_t.size(0), up_weight_t.dim() == 2 ? up_weight_t.size(1) : 0, up_bias);
   const bool apart = up_threshold.dim() == 2;  // gate and up have masks of their own
-  check_threshold(up_threshold, (apart ? 2 : 1) * up_weight_t.size(0));
+  const int64_t masks = apart ? 2 : 1;
+  check_threshold(up_threshold, masks * up_weight_t.size(0));
+  Scale by = scale_of(up_scale, x, masks);
   const int64_t d = up_weight_t.size(0), h = down_weight_t.size(0);
   TORCH_CHECK(up_weight_t.size(1) == 2 * h, "the first weight must have ", 2 * h, " columns, gate and up, got ",
               up_weight_t.size(1));
@@ -453,7 +480,8 @@ Tensor gated_mlp(const Tensor& x, const Tensor& up_threshold, const Tensor& up_w
       T* wide = buffer<T, 0>(rows * 2 * h);
       T* hidden = buffer<T, 1>(rows * h);
       masked_parts<T>(in, rows, d, up_threshold.const_data_ptr<float>(), up_weight_t.const_data_ptr<T>(),
-                      apart ? at::IntArrayRef({h, h}) : at::IntArrayRef({2 * h}), data<T>(up_bias), wide);
+                      apart ? at::IntArrayRef({h, h}) : at::IntArrayRef({2 * h}), data<T>(up_bias), wide, by);
+      by = by.next(rows * masks);
       gate(act, wide, rows, h, hidden);
       masked_rows<T>(hidden, rows, h, down_threshold.const_data_ptr<float>(), down_weight_t.const_data_ptr<T>(),
                      down_weight_t.size(1), down_weight_t.size(1), data<T>(down_bias), y);

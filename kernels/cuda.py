@@ -17,7 +17,7 @@ from torch import Tensor
 from rana_compile.kernels import reference, tuning
 from rana_compile.kernels import triton_programs as programs
 from rana_compile.kernels.ops import DTYPES, LIBRARY
-from rana_compile.kernels.reference import apply_threshold, check_activation, gated
+from rana_compile.kernels.reference import apply_threshold, check_activation, gated, levels
 from rana_compile.kernels.tuning import Case, Tile
 from rana_compile.types import RanaError
 
@@ -46,25 +46,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def masked_linear(
-    z: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None = None, parts: Sequence[int] = ()
+    z: Tensor,
+    threshold: Tensor,
+    weight_t: Tensor,
+    bias: Tensor | None = None,
+    parts: Sequence[int] = (),
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """Masked product: z [..., d], threshold [d], weight_t [d, d_out] -> [..., d_out]; ``parts``: reference.py."""
-    if not parts:
-        return _masked(z, threshold, weight_t, bias, None)
-    if threshold.shape != (len(parts), weight_t.shape[0]) or sum(parts) != weight_t.shape[1]:
+    """Masked product: z [..., d], threshold [d], weight_t [d, d_out] -> [..., d_out]; the rest: reference.py."""
+    if parts and (threshold.dim() != 2 or sum(parts) != weight_t.shape[1]):
         raise RanaError(
             f"expected thresholds [{len(parts)}, {weight_t.shape[0]}] and columns {tuple(parts)}, got "
             f"{tuple(threshold.shape)} and {weight_t.shape[1]} columns"
         )
-    biases = [None] * len(parts) if bias is None else bias.split(list(parts))
-    each = zip(threshold, weight_t.split(list(parts), dim=1), biases, strict=True)
-    outputs = [_masked(z, t, w, b, None) for t, w, b in each]
-    return outputs[0] if len(parts) == 1 else torch.cat(outputs, dim=-1)
+    return _masked(z, threshold, weight_t, bias, tuple(parts), scale)
 
 
 def rank_linear(x: Tensor, basis: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
     """A dense product, then a masked one: x [..., d_in], basis [r, d_in], weight_t [r, d_out] -> [..., d_out]."""
-    return _masked(linear(x, basis), threshold, weight_t, bias, None)
+    return _masked(linear(x, basis), threshold, weight_t, bias)
 
 
 def gated_mlp(
@@ -76,15 +76,16 @@ def gated_mlp(
     down_weight_t: Tensor,
     down_bias: Tensor | None,
     activation: str,
+    up_scale: Tensor | None = None,
 ) -> Tensor:
     """Both products of a gated MLP masked: x [..., d_in], up_weight_t [d_in, 2h], down_weight_t [h, d_out]."""
     check_activation(activation)
-    if up_threshold.dim() == 2:
-        h = down_weight_t.shape[0]
-        hidden = gated(masked_linear(x, up_threshold, up_weight_t, up_bias, (h, h)), activation)
-    else:
-        hidden = _masked(x, up_threshold, up_weight_t, up_bias, activation)
-    return _masked(hidden, down_threshold.reshape(-1), down_weight_t, down_bias, None)
+    h = down_weight_t.shape[0]
+    if up_weight_t.shape[-1] != 2 * h:
+        raise RanaError(f"the first weight must have {2 * h} columns, gate and up, got {up_weight_t.shape[-1]}")
+    parts = (h, h) if up_threshold.dim() == 2 else ()
+    hidden = _masked(x, up_threshold, up_weight_t, up_bias, parts, up_scale, activation)
+    return _masked(hidden, down_threshold.reshape(-1), down_weight_t, down_bias)
 
 
 def gated_up(
@@ -117,24 +118,45 @@ def gated_up(
     return torch.cat([gate, up], dim=-1)
 
 
-def _masked(z: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def _masked(
+    z: Tensor,
+    threshold: Tensor,
+    weight_t: Tensor,
+    bias: Tensor | None,
+    parts: tuple[int, ...] = (),
+    scale: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
     """The masked product, one launch or two; with an activation, of gate columns then up columns, combined."""
     _check(z, weight_t, weight_t.shape[0], weight_t.shape[-1], bias)
     d, width = weight_t.shape
-    if threshold.dtype != torch.float32 or threshold.shape != (d,) or not threshold.is_contiguous():
-        raise RanaError(
-            f"expected a contiguous float32 threshold of {d} elements, got {tuple(threshold.shape)} of "
-            f"{threshold.dtype}"
-        )
+    _check_masks(z, threshold, (len(parts), d) if parts else (d,), scale)
     cols = width // 2 if activation else width
     rows = z.numel() // d if d else 0
     if not rows * cols or rows > MAX_ROWS:
-        y = F.linear(apply_threshold(z, threshold), weight_t.t(), bias)
+        y = _library(z, threshold, weight_t, bias, parts, scale)
         return gated(y, activation) if activation else y
     out = z.new_empty((*z.shape[:-1], cols))
     case = Case(rows, d, cols, activation is not None, z.dtype, z.device)
-    _run(tuning.tile_for(case, _run), case, z.contiguous(), threshold, weight_t, out, bias, activation or "silu")
+    tile = tuning.tile_for(case, _run)
+    _run(tile, case, z.contiguous(), threshold, weight_t, out, bias, activation or "silu", parts, scale)
     return out
+
+
+def _library(
+    z: Tensor,
+    threshold: Tensor,
+    weight_t: Tensor,
+    bias: Tensor | None,
+    parts: tuple[int, ...],
+    scale: Tensor | None,
+) -> Tensor:
+    """The same in plain operations: for more rows than a kernel takes."""
+    if not parts:
+        return F.linear(apply_threshold(z, levels(threshold, scale, 0)), weight_t.t(), bias)
+    biases = [None] * len(parts) if bias is None else bias.split(list(parts))
+    each = enumerate(zip(threshold, weight_t.split(list(parts), dim=1), biases, strict=True))
+    return torch.cat([F.linear(apply_threshold(z, levels(t, scale, i)), w.t(), b) for i, (t, w, b) in each], dim=-1)
 
 
 def _run(
@@ -146,21 +168,39 @@ def _run(
     out: Tensor,
     bias: Tensor | None = None,
     activation: str = "silu",
+    parts: tuple[int, ...] = (),
+    scale: Tensor | None = None,
 ) -> None:
-    rows, d, cols = case[:3]
+    rows, d, cols, gate = case[:4]
     ld, split = weight_t.stride(0), tile.split
+    blocks = _blocks(parts or (weight_t.shape[1],), tile.columns)
+    last, begin, end = blocks[-1]
+    grid = (last + triton.cdiv(end - begin, tile.columns), split)
     part = triton.cdiv(d, split)
-    grid = (triton.cdiv(cols, tile.columns), split)
+    apart = gate or split > 1  # the sums are combined by another program
     entries = z.new_empty((grid[0] * split, rows, part), dtype=torch.int64)
-    sums = out if split == 1 else z.new_empty((split, rows, ld), dtype=torch.float32)
-    shared = {"ACTIVATION": activation if case.gate else None, "SPLIT": split}
+    sums = z.new_empty((split, rows, ld), dtype=torch.float32) if apart else out
+    args = (z, threshold, scale, weight_t, bias, sums, entries, d, ld)
+    shape = {"PARTS": blocks, "SUMS": apart, "PART": part, "BATCH": rows}
     config = {"BLOCK_N": tile.columns, "DEPTH": tile.depth, "WARPS": tile.warps, "num_warps": tile.warps}
-    args = (z, threshold, weight_t, bias, sums, entries, d, cols, ld)
-    _launch(programs.masked_gemv, grid, *args, BATCH=rows, PART=part, **shared, **config)
-    if split > 1:
-        block_n = max(16, min(128, 2048 // split))
+    ahead = tuning.AHEAD if z.is_cuda else 0  # the interpreter knows no assembly
+    _launch(programs.masked_gemv, grid, *args, **shape, **config, AHEAD=ahead)
+    if apart:
+        block_n = max(32, min(128, 1024 // split))
         grid = (triton.cdiv(cols, block_n), rows)
+        shared = {"ACTIVATION": activation if gate else None, "SPLIT": split}
         _launch(programs.add_parts, grid, sums, bias, out, rows, cols, ld, BLOCK_N=block_n, **shared)
+
+
+def _blocks(parts: tuple[int, ...], columns: int) -> tuple[tuple[int, int, int], ...]:
+    """Each part's first block, first column and end; a part without columns has no block."""
+    block = column = 0
+    found = []
+    for part in parts:
+        found.append((block, column, column + part))
+        block += triton.cdiv(part, columns)
+        column += part
+    return tuple(found)
 
 
 def masked_is_faster(
@@ -191,6 +231,16 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> No
 def _overlaps(device: torch.device) -> bool:
     """Whether the device starts a kernel's prologue while the one before it ends (programmatic dependent launch)."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _check_masks(z: Tensor, threshold: Tensor, shape: tuple[int, ...], scale: Tensor | None) -> None:
+    if threshold.dtype != torch.float32 or threshold.shape != shape or not threshold.is_contiguous():
+        raise RanaError(
+            f"expected contiguous float32 thresholds {shape}, got {tuple(threshold.shape)} of {threshold.dtype}"
+        )
+    expected = (*z.shape[:-1], shape[0] if len(shape) == 2 else 1)
+    if scale is not None and (scale.dtype != torch.float32 or scale.shape != expected or not scale.is_contiguous()):
+        raise RanaError(f"expected a contiguous float32 scale {expected}, got {tuple(scale.shape)} of {scale.dtype}")
 
 
 def _check(x: Tensor, weight: Tensor, d_in: int, d_out: int, bias: Tensor | None) -> None:

@@ -17,10 +17,11 @@ from rana_compile.types import RanaError
 
 SCHEMAS = (
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    "masked_linear(Tensor z, Tensor threshold, Tensor weight_t, Tensor? bias, int[] parts=[]) -> Tensor",
+    "masked_linear(Tensor z, Tensor threshold, Tensor weight_t, Tensor? bias, int[] parts=[], Tensor? scale=None) "
+    "-> Tensor",
     "rank_linear(Tensor x, Tensor basis, Tensor threshold, Tensor weight_t, Tensor? bias) -> Tensor",
     "gated_mlp(Tensor x, Tensor up_threshold, Tensor up_weight_t, Tensor? up_bias, Tensor down_threshold, "
-    "Tensor down_weight_t, Tensor? down_bias, str activation) -> Tensor",
+    "Tensor down_weight_t, Tensor? down_bias, str activation, Tensor? up_scale=None) -> Tensor",
     "gated_up(Tensor x, Tensor threshold, Tensor gate_weight_t, Tensor gate_threshold, Tensor up_weight, "
     "Tensor? bias, str activation) -> Tensor",
 )
@@ -30,6 +31,7 @@ for schema in SCHEMAS:
     LIBRARY.define(schema)
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})  # what the kernels take
+MOST_TOGETHER = 64  # rows of a product that is still bound by the weights it reads
 _LOADERS = {"cpu": "rana_compile.kernels.cpu", "cuda": "rana_compile.kernels.cuda"}
 _LOCK = threading.Lock()
 
@@ -40,7 +42,14 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.library.register_fake("rana::masked_linear", lib=LIBRARY)
-def _(z: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None, parts: Sequence[int] = ()) -> Tensor:
+def _(
+    z: Tensor,
+    threshold: Tensor,
+    weight_t: Tensor,
+    bias: Tensor | None,
+    parts: Sequence[int] = (),
+    scale: Tensor | None = None,
+) -> Tensor:
     return z.new_empty((*z.shape[:-1], weight_t.shape[1]))
 
 
@@ -59,6 +68,7 @@ def _(
     down_weight_t: Tensor,
     down_bias: Tensor | None,
     activation: str,
+    up_scale: Tensor | None = None,
 ) -> Tensor:
     check_activation(activation)
     return x.new_empty((*x.shape[:-1], down_weight_t.shape[1]))
@@ -96,6 +106,14 @@ def masked_is_faster(
     load(device.type)
     union = 1 - (1 - min(density, 1.0)) ** rows
     return bool(import_module(_LOADERS[device.type]).masked_is_faster(rows, d, d_out, union, dtype, device, gated))
+
+
+def together_is_faster(rows: int, parts: int, device_type: str) -> bool:
+    """Whether one dense product of all parts' inputs with all columns, of which each part keeps its own, is preferred.
+
+    It reads the same weights in fewer kernels, for ``parts`` times the multiply-adds: free while memory is the limit.
+    """
+    return device_type == "cuda" and parts > 1 and rows > 1 and rows * parts <= MOST_TOGETHER
 
 
 def load(device_type: str) -> None:

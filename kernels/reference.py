@@ -32,6 +32,11 @@ def apply_threshold(z: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(z.abs() < threshold, torch.zeros((), dtype=z.dtype, device=z.device), z)
 
 
+def levels(threshold: Tensor, scale: Tensor | None, index: int) -> Tensor:
+    """Thresholds [d] of one mask, divided by what ``scale`` [..., masks] says of each row: [..., d]."""
+    return threshold if scale is None else threshold / scale[..., index, None]
+
+
 def _product(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     y = x.to(wide) @ weight_t.to(wide)
@@ -44,18 +49,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def masked_linear(
-    z: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None = None, parts: Sequence[int] = ()
+    z: Tensor,
+    threshold: Tensor,
+    weight_t: Tensor,
+    bias: Tensor | None = None,
+    parts: Sequence[int] = (),
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Masked product: z [..., d], threshold [d], weight_t [d, d_out] -> [..., d_out].
 
     With ``parts``, which sum to d_out, the columns of each part have a mask of their own: threshold [len(parts), d].
+    With ``scale`` [..., masks] (float32) a row's thresholds are divided by it.
     """
     if not parts:
-        return _product(apply_threshold(z, threshold), weight_t, bias)
+        return _product(apply_threshold(z, levels(threshold, scale, 0)), weight_t, bias)
     columns = weight_t.split(list(parts), dim=1)
     biases = [None] * len(parts) if bias is None else bias.split(list(parts))
-    each = zip(threshold, columns, biases, strict=True)
-    return torch.cat([_product(apply_threshold(z, t), w, b) for t, w, b in each], dim=-1)
+    each = enumerate(zip(threshold, columns, biases, strict=True))
+    return torch.cat([_product(apply_threshold(z, levels(t, scale, i)), w, b) for i, (t, w, b) in each], dim=-1)
 
 
 def rank_linear(x: Tensor, basis: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -72,15 +83,17 @@ def gated_mlp(
     down_weight_t: Tensor,
     down_bias: Tensor | None,
     activation: str,
+    up_scale: Tensor | None = None,
 ) -> Tensor:
     """Both products of a gated MLP masked: x [..., d_in], up_weight_t [d_in, 2h], down_weight_t [h, d_out].
 
     The first h columns of ``up_weight_t`` are the gate's, the others the up projection's; so are the two rows of
     ``up_threshold`` [2, d_in], or one [d_in] serves both. ``down_threshold`` is [h], or [1, h] as plans store it.
+    ``up_scale`` is to ``up_threshold`` as ``scale`` is in ``masked_linear``.
     """
     h = down_weight_t.shape[0]
     parts = (h, h) if up_threshold.dim() == 2 else ()
-    hidden = gated(masked_linear(x, up_threshold, up_weight_t, up_bias, parts), activation)
+    hidden = gated(masked_linear(x, up_threshold, up_weight_t, up_bias, parts, up_scale), activation)
     return masked_linear(hidden, down_threshold.reshape(-1), down_weight_t, down_bias)
 
 

@@ -2,15 +2,18 @@
 
 A program owns a block of output columns and walks the live rows of ``weight_t``, or of one of SPLIT equal parts of it:
 
-    z, threshold ─▶ list of live rows ─▶ loads of weight rows ─▶ float32 sums ─▶ bias, activation ─▶ y
+    z, threshold ─▶ list of live rows ─▶ loads of weight rows ─▶ float32 sums ─▶ bias ─▶ y
+
+Parts of the columns may have masks of their own: a program's block lies in one part, whose threshold it looks up.
 
 Each program makes its own list: that costs less than another launch. Without a list, skipped rows would still cost
 the instructions of their loads and products, which is most of the time at low densities.
+While the list is made, the first of its rows are already on their way to the second-level cache.
 The loads of a later tile are issued in the loop's round before the one that multiplies it: within a round ptxas would
 put each load next to its use, one in flight at a time.
 """
 # mypy: ignore-errors
-# ruff: noqa: C901, RUF005  (branches of constants cost nothing; Triton compiles no unpacking)
+# ruff: noqa: RUF005  (Triton compiles no unpacking)
 
 import triton
 import triton.language as tl
@@ -30,29 +33,54 @@ def _activate(x, NAME: tl.constexpr):
 
 
 @triton.jit
-def _store(first, second, bias, out, at, n, valid, cols, ACTIVATION: tl.constexpr):
-    """Sums in float32 [..., BLOCK_N] -> outputs at ``out + at``; if gated, ``first`` is the gate."""
-    dtype = out.dtype.element_ty
+def _store(y, bias, out, at, n, valid):
+    """Sums in float32 [BLOCK_N] -> outputs at ``out + at``."""
     if bias is not None:
-        first += tl.load(bias + n, mask=n < cols, other=0.0).to(tl.float32)
-    if ACTIVATION is not None:
-        if bias is not None:
-            second += tl.load(bias + cols + n, mask=n < cols, other=0.0).to(tl.float32)
-        gate = _activate(first.to(dtype).to(tl.float32), ACTIVATION).to(dtype).to(tl.float32)
-        first = gate * second.to(dtype).to(tl.float32)
-    tl.store(out + at, first.to(dtype), mask=valid)
+        y += tl.load(bias + n, mask=valid, other=0.0).to(tl.float32)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _block(PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's part, its first column and the part's end. PARTS: each part's first block, column, and end."""
+    block = tl.program_id(0)
+    part = 0
+    column = block * BLOCK_N
+    end = PARTS[0][2]
+    for p in tl.static_range(1, len(PARTS)):
+        inside = block >= PARTS[p][0]
+        part = tl.where(inside, p, part)
+        column = tl.where(inside, PARTS[p][1] + (block - PARTS[p][0]) * BLOCK_N, column)
+        end = tl.where(inside, PARTS[p][2], end)
+    return part, column, end
+
+
+@triton.jit
+def _prefetch(at, wanted):
+    """The cache lines at ``at`` to the second-level cache, where ``wanted``."""
+    tl.inline_asm_elementwise(
+        "{.reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0;}",
+        "=r,l,r",
+        [at, wanted.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
 def _list_live(
-    z, threshold, entries, d, begin, end,
+    z, threshold, scale, entries, block, d, ld, begin, end, masks,
     PART: tl.constexpr, BATCH: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """The coordinates of [begin, end) that some row keeps -> entries [BATCH, PART]; returns how many.
 
     An entry is a coordinate's number (low half) and the float32 bits of a row's value, zero where only another row
     keeps it. NaN is kept. The list is in memory since Triton cannot scatter to shared memory; it stays in the caches.
+    Live rows of ``block`` among the first AHEAD are on their way to the cache while the list is made.
     """
+    LINE: tl.constexpr = 1024 // block.dtype.element_ty.primitive_bitwidth  # elements of a cache line
     CHUNK: tl.constexpr = min(triton.next_power_of_2(PART), WARPS * 256)
     CHUNKS: tl.constexpr = triton.cdiv(PART, CHUNK)
     places = begin + tl.arange(0, CHUNK)
@@ -68,10 +96,16 @@ def _list_live(
         live = k < 0
         values = ()
         for b in tl.static_range(BATCH):
+            level = thresholds[c]
+            if scale is not None:
+                level = tl.div_rn(level, tl.load(scale + b * masks))
             v = tl.load(z + b * d + k, mask=k < end, other=0.0).to(tl.float32)
-            v = tl.where(tl.abs(v) < thresholds[c], 0.0, v)
+            v = tl.where(tl.abs(v) < level, 0.0, v)
             values = values + (v,)
             live = live | (v != 0.0)
+        if c * CHUNK < AHEAD:
+            for line in tl.static_range(triton.cdiv(BLOCK_N, LINE)):
+                _prefetch(block + k.to(tl.int64) * ld + line * LINE, live & (k < begin + AHEAD))
         at = entries + tl.cumsum(live.to(tl.int32), 0) - 1
         found = tl.sum(live.to(tl.int32), 0)
         if c > 0:
@@ -116,71 +150,65 @@ def _add(sums, w, entry, BATCH: tl.constexpr):
 
 @triton.jit
 def masked_gemv(
-    z, threshold, weight, bias, out, entries, d, cols, ld,
-    ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr,
-    BATCH: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
+    z, threshold, scale, weight, bias, out, entries, d, ld,
+    PARTS: tl.constexpr, SUMS: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr,
+    BATCH: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """z [BATCH, d], weight [d, ld] -> out [BATCH, cols], or sums [SPLIT, BATCH, ld] in float32 for ``add_parts``.
+    """z [BATCH, d], weight [d, ld] -> out [BATCH, ld], or if SUMS [splits, BATCH, ld] in float32 for ``add_parts``.
 
-    ``entries`` [programs, BATCH, PART] is scratch. DEPTH tiles [ROWS, BLOCK_N] of the weight are in flight: each is
-    multiplied just before its registers are loaded with the tile DEPTH further on, whose entries were read one round
-    earlier still.
+    PARTS (see ``_block``) are columns with a mask of their own each: threshold [parts, d], and, or None, scale
+    [BATCH, parts], by which thresholds are divided. ``entries`` [programs, BATCH, PART] is scratch. DEPTH tiles
+    [ROWS, BLOCK_N] of the weight are in flight: each is multiplied just before its registers are loaded with the tile
+    DEPTH further on, whose entries were read one round earlier still.
     """
     LANE: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth  # elements of a 16-byte load
     ROWS: tl.constexpr = max(1, WARPS * 32 * LANE // BLOCK_N)  # weight rows that the threads read together
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part, column, last = _block(PARTS, BLOCK_N)
+    n = column + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * PART
     end = tl.minimum(begin + PART, d)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     entries += program.to(tl.int64) * (BATCH * PART)
-    valid = n < cols
+    threshold += part * d
+    if scale is not None:
+        scale += part
+    valid = n < last
     at = weight + n[None, :]
-    first = ()
-    second = ()
+    sums = ()
     for _ in tl.static_range(BATCH):
-        first = first + (tl.zeros([ROWS, BLOCK_N], tl.float32),)
-        second = second + (tl.zeros([ROWS, BLOCK_N], tl.float32),)
-    count = _list_live(z, threshold, entries, d, begin, end, PART, BATCH, WARPS, PDL)
+        sums = sums + (tl.zeros([ROWS, BLOCK_N], tl.float32),)
+    block = weight + column
+    count = _list_live(
+        z, threshold, scale, entries, block, d, ld, begin, end, len(PARTS), PART, BATCH, WARPS, PDL, BLOCK_N, AHEAD
+    )  # fmt: skip
     slot = tl.arange(0, ROWS)
     now = ()
     following = ()
     w = ()
-    u = ()
     for i in tl.static_range(DEPTH):
         now = now + (_entry(entries, slot + i * ROWS, count, PART, BATCH),)
     for i in tl.static_range(DEPTH):
         following = following + (_entry(entries, slot + (DEPTH + i) * ROWS, count, PART, BATCH),)
     for i in tl.static_range(DEPTH):
         w = w + (_rows(at, now[i], ld, valid),)
-        if ACTIVATION is not None:
-            u = u + (_rows(at + cols, now[i], ld, valid),)
     slot += 2 * DEPTH * ROWS
     for _ in range(0, count, DEPTH * ROWS):
         later = ()
         loaded = ()
-        loaded_up = ()
         for i in tl.static_range(DEPTH):
-            first = _add(first, w[i], now[i], BATCH)
+            sums = _add(sums, w[i], now[i], BATCH)
             loaded = loaded + (_rows(at, following[i], ld, valid),)
-            if ACTIVATION is not None:
-                second = _add(second, u[i], now[i], BATCH)
-                loaded_up = loaded_up + (_rows(at + cols, following[i], ld, valid),)
             later = later + (_entry(entries, slot + i * ROWS, count, PART, BATCH),)
         slot += DEPTH * ROWS
         w = loaded
-        u = loaded_up
         now = following
         following = later
     for b in tl.static_range(BATCH):
-        one = tl.sum(first[b], axis=0)
-        two = tl.sum(second[b], axis=0)
-        if SPLIT == 1:
-            _store(one, two, bias, out, b * cols + n, n, valid, cols, ACTIVATION)
+        y = tl.sum(sums[b], axis=0)
+        if SUMS:
+            tl.store(out + (tl.program_id(1) * BATCH + b) * ld + n, y, mask=valid)
         else:
-            place = out + (tl.program_id(1) * BATCH + b) * ld + n
-            tl.store(place, one, mask=valid)
-            if ACTIVATION is not None:
-                tl.store(place + cols, two, mask=valid)
+            _store(y, bias, out, b * ld + n, n, valid)
 
 
 @triton.jit
@@ -188,18 +216,25 @@ def add_parts(
     parts, bias, out, rows, cols, ld,
     ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """parts [SPLIT, rows, ld] in float32 -> out [rows, cols]."""
+    """parts [SPLIT, rows, ld] in float32 -> out [rows, cols]; with an activation, of gate columns then up columns."""
     row = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = n < cols
     at = parts + (tl.arange(0, SPLIT)[:, None] * rows + row) * ld + n[None, :]
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    first = tl.sum(tl.load(at, mask=(n < cols)[None, :], other=0.0), axis=0)
-    second = first
-    if ACTIVATION is not None:
-        second = tl.sum(tl.load(at + cols, mask=(n < cols)[None, :], other=0.0), axis=0)
-    _store(first, second, bias, out, row * cols + n, n, n < cols, cols, ACTIVATION)
+    y = tl.sum(tl.load(at, mask=valid[None, :], other=0.0), axis=0)
+    if ACTIVATION is None:
+        _store(y, bias, out, row * cols + n, n, valid)
+    else:
+        up = tl.sum(tl.load(at + cols, mask=valid[None, :], other=0.0), axis=0)
+        if bias is not None:
+            y += tl.load(bias + n, mask=valid, other=0.0).to(tl.float32)
+            up += tl.load(bias + cols + n, mask=valid, other=0.0).to(tl.float32)
+        dtype = out.dtype.element_ty
+        gate = _activate(y.to(dtype).to(tl.float32), ACTIVATION).to(dtype).to(tl.float32)
+        tl.store(out + row * cols + n, (gate * up.to(dtype).to(tl.float32)).to(dtype), mask=valid)
 
 
 @triton.jit
@@ -246,4 +281,4 @@ def gemv(
         v = tl.load(x + start + k, mask=start + k < D, other=0.0).to(tl.float32)
         w = tl.load(at + start, mask=(n < d_out)[:, None] & (start + k < D)[None, :], other=0.0)
         acc += w.to(tl.float32) * v[None, :]
-    _store(tl.sum(acc, axis=1), None, bias, out, n, n, n < d_out, d_out, None)
+    _store(tl.sum(acc, axis=1), bias, out, n, n, n < d_out)

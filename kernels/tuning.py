@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 
 BEYOND_CACHES = 2**28  # bytes of weights that take turns
 SMALL = 2**20  # bytes of a weight below which launches, not bytes, are what costs
-WARPS = (1000, 2100)  # of all programs together: what keeps the memory busy on about 132 multiprocessors
+WARPS = (1000, 6000)  # of all programs together: what keeps the memory busy on about 132 multiprocessors
+SPLITS = (1, 2, 4, 8, 16, 32, 64)
+LEAST_ROWS = 64  # of a program: below that its list costs more than it skips
 
 
 class Tile(NamedTuple):
@@ -66,10 +68,10 @@ class Measured(NamedTuple):
 
 Run = Callable[[Tile, Case, Tensor, Tensor, Tensor, Tensor], None]  # z, threshold, weight_t, out
 
-# Columns, depth, warps. Many small programs win: while some list, others load (on an H200, 4096→12288, half live:
-# 16.8 µs with one warp, 17.3 with 2, 18.8 with 4). A candidate costs seconds to compile; for several rows, more.
-CUTS = ((128, 8, 1), (128, 8, 2), (64, 8, 1))
-GATED_CUTS = ((128, 4, 1), (128, 4, 2), (64, 4, 1))
+# Columns, depth, warps. Many small programs win: while some list, others load. Measured: CONTRIBUTING.md. A candidate
+# costs seconds to compile; for several rows, more.
+CUTS = ((128, 8, 1),)
+AHEAD = 32  # rows of a program of which the live ones are fetched while it makes its list
 USUAL = Tile(32, 4, 4, 1)
 _known: dict[Case, Measured] = {}
 
@@ -102,23 +104,18 @@ def measured(case: Case, run: Run) -> Measured:
 
 
 def candidates(case: Case) -> Iterator[Tile]:
-    """Cuts with about as many warps as the multiprocessors take; one at least."""
-    found = False
-    cuts = GATED_CUTS if case.gate else CUTS
-    for columns, depth, warps in cuts[: 3 if case.rows == 1 else 1]:
-        for split in (1, 2, 4, 8, 16, 32, 64):
-            programs = triton.cdiv(case.cols, columns) * split
-            rows = warps * 32 * 16 // case.dtype.itemsize // columns  # read together
-            if WARPS[0] <= programs * warps <= WARPS[1] and case.d >= split * rows * depth:
-                found = True
-                yield Tile(columns, depth, warps, split)
-    if not found:
-        yield USUAL
+    """Cuts with about as many warps as the multiprocessors take; one at least: that which comes nearest."""
+    width = 2 * case.cols if case.gate else case.cols
+    for columns, depth, warps in CUTS:
+        each = triton.cdiv(width, columns) * warps
+        splits = [s for s in SPLITS if s == 1 or case.d >= s * LEAST_ROWS]
+        busy = [s for s in splits if WARPS[0] <= each * s <= WARPS[1]]
+        yield from (Tile(columns, depth, warps, s) for s in busy or (splits[-1:] if each < WARPS[0] else splits[:1]))
 
 
 def _file(case: Case) -> Path:
     name = torch.cuda.get_device_name(case.device)
-    of = (name, triton.__version__, torch.__version__, tuple(case)[:-1], CUTS, GATED_CUTS)
+    of = (name, triton.__version__, torch.__version__, tuple(case)[:-1], CUTS, SPLITS, WARPS, AHEAD)
     return cache_directory() / f"masked_{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.json"
 
 

@@ -45,15 +45,14 @@ class Recorder:
         self._seed = seed
 
     def moment(self, site: Site) -> Tensor | None:
-        """E[x xᵀ] [d_in, d_in] over the rows that bases are fitted on, or None if there were none."""
-        total, rows = self.moments.get(site, (None, 0))
-        return None if total is None else total / rows
+        """E[x xᵀ] [d_in, d_in] over the rows that bases are fitted on, or None if there were none; after ``gather``."""
+        return self.moments.get(site, (None, 0))[0]
 
     def gather(self, processes: Processes) -> None:
-        """Put together what all processes recorded."""
+        """Put together what all processes recorded; moments become means in place, since a second copy is gigabytes."""
         self.samples = {site: sample.gather(processes) for site, sample in self.samples.items()}
         for site, (total, rows) in self.moments.items():
-            self.moments[site] = processes.sum(total), int(processes.total(rows)[0])
+            self.moments[site] = processes.sum(total).div_(int(processes.total(rows)[0])), 1
 
     def __call__(
         self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]

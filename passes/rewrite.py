@@ -17,8 +17,7 @@ from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 
 from rana_compile.adapters import FAMILIES, Tensors
-from rana_compile.adapters.base import stack
-from rana_compile.adapters.neuron import row_thresholds
+from rana_compile.adapters.base import sensitivity, stack
 from rana_compile.passes.match import Block, Linear, Match
 
 
@@ -29,7 +28,8 @@ class Lowering:
     Attributes:
         family: a name in FAMILIES, or ``dense``.
         decode: through the masked kernels (few rows, no gradients).
-        buffers: tensors of the form chosen; keys as the family's ``pack`` (decode) or ``stored`` and ``derive``.
+        buffers: tensors of the form chosen; keys as the family's ``pack`` (decode, and parts computed together) or
+            ``stored`` and ``derive``.
     """
 
     match: Match
@@ -116,17 +116,18 @@ def _replace(graph: fx.Graph, lowering: Lowering, buffers: Mapping[str, fx.Node]
 def _replace_mlp(gm: fx.GraphModule, mlp: FusedMlp, env: dict[fx.Node, fx.Node]) -> None:
     graph, (last,) = gm.graph, mlp.down.match.linears
     up, down = _buffers(gm, mlp.up), _buffers(gm, mlp.down)
-    target = env[last.node]
+    target, probed = env[last.node], len(mlp.up.buffers["probe"]) > 0
     with graph.inserting_before(target):
         args = (
             env[mlp.up.match.x],
-            graph.call_function(row_thresholds, (env[mlp.up.match.x], up["threshold"], up["probe"])),
+            up["threshold"],
             up["weight_t"],
             _stacked_bias(graph, mlp.up.match.linears, env),
             down["threshold"],
             down["weight_t"],
             _bias(env, last),
             mlp.activation,
+            *((graph.call_function(sensitivity, (env[mlp.up.match.x], up["probe"])),) if probed else ()),
         )
         output = graph.call_function(rana_gated_mlp_decode, args)
     output.meta = dict(target.meta)

@@ -88,7 +88,8 @@ def adapt_graph(
         if training:
             lowerings.append(Lowering(match, entry.family, False, bound.stored))
             continue
-        buffers = bound.packed(weights) if decode else bound.folded(weights)
+        packed = decode or _is_together(match, weights, entry)
+        buffers = bound.packed(weights) if packed else bound.folded(weights)
         lowerings.append(Lowering(match, entry.family, decode, buffers))
         refresh.append((bound, places))
     masked = sum(low.decode and low.family != "dense" for low in lowerings)
@@ -146,11 +147,8 @@ def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -
     mixed = {match.x.meta["example_value"].dtype, *(w.dtype for w in weights)} != {dtype}
     if not rows or mixed or dtype not in ops.DTYPES or not ops.is_supported(device.type):
         return False
-    per_token = entry is not None and (entry.family == "gated" or len(entry.tensors.get("probe", ())) > 0)
-    if entry is None or "threshold" not in entry.tensors or (per_token and rows != 1):
-        return rows == 1  # dense products; masks that only one token agrees on
-    if entry.family == "gated":
-        return True
+    if entry is None or "threshold" not in entry.tensors or entry.family == "gated":
+        return rows == 1  # dense products; live outputs that only one token agrees on
     site, basis = entry.site, entry.tensors.get("output_basis")
     d, density = (site.d_in, entry.flops_kept) if basis is None else (basis.shape[1], entry.live[0] / basis.shape[1])
     gated = site.kind == "gate_up" and basis is None
@@ -158,6 +156,12 @@ def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -
     if not faster:
         log.debug("%s: for %d rows the dense product is faster than the masked kernel here", site.name, rows)
     return faster
+
+
+def _is_together(match: Match, weights: Sequence[Tensor], entry: SitePlan) -> bool:
+    """Whether the parts of a masked stack are computed as one product of the packed weights."""
+    together = ops.together_is_faster(match.rows or 0, len(weights), weights[0].device.type)
+    return together and entry.family == "neuron" and len({w.dtype for w in weights}) == 1
 
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions) -> Callable[..., Any]:

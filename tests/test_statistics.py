@@ -5,7 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rana_compile.passes.record import Recorder
+from rana_compile.processes import ALONE
 from rana_compile.statistics import LogHistogram, Sample
+from rana_compile.types import Site
 
 
 def test_sample_keeps_everything_while_there_is_room() -> None:
@@ -71,3 +74,16 @@ def test_histogram_takes_zero_infinity_and_nan() -> None:
     assert histogram.level(2 / 6) > 1e6
     assert 0.9 < histogram.level(3.9 / 6) < 1.1
     assert histogram.level(1.0) < 1e-6
+
+
+def test_moments_become_means_without_a_second_copy() -> None:
+    recorder = Recorder(lambda: 8, seed=0)
+    recorder.basis_rows = True
+    site, batches = Site("s", "linear", ("w",), 4, (3,)), torch.randn(2, 5, 4)
+    for x in batches:
+        recorder(site, x.requires_grad_(), [torch.randn(3, 4)], [None])
+    kept = recorder.moments[site][0]
+    recorder.gather(ALONE)
+    assert recorder.moment(site) is kept
+    x = batches.detach().flatten(0, 1)
+    torch.testing.assert_close(kept, x.t() @ x / 10)

@@ -82,21 +82,29 @@ def adapter_flops(family: Family, site: Site, live: Sequence[float], tensors: Te
 LIMIT = 2.0  # of log s: no token is taken for more than e² times as sensitive as the usual one, nor for less
 
 
+def sensitivities(x: Tensor, probe: Tensor) -> list[Tensor]:
+    """How much each token x [..., d] matters to each mask, relative to the usual token: float32 [...], one a mask.
+
+    ``probe`` [masks, d + 1] holds slopes and an offset of the logarithm (``rana_compile.probe``). One sum a mask:
+    Inductor fuses such sums into the kernel that made x, and what follows from them, but not a sum over [masks, d].
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    logs = [(wide * slopes).sum(-1) + offset for slopes, offset in zip(probe[:, :-1], probe[:, -1], strict=True)]
+    return [log.clamp(-LIMIT, LIMIT).exp() for log in logs]
+
+
 def sensitivity(x: Tensor, probe: Tensor) -> Tensor:
-    """How much each token matters to each mask, relative to the usual token: x [..., d] -> [..., masks], float32.
+    """The same as one tensor [..., masks]."""
+    return torch.stack(sensitivities(x, probe), -1)
 
-    ``probe`` [masks, d + 1] holds slopes and an offset of the logarithm (``rana_compile.probe``).
+
+def token_thresholds(x: Tensor, threshold: Tensor, probe: Tensor) -> Sequence[Tensor]:
+    """Thresholds [masks, n] for each token x [..., d], lower where it matters more: [..., n], one a mask.
+
+    Without a probe ([0, d + 1]) they are the same for all tokens: [n].
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-2)
-    return ((wide * probe[:, :-1]).sum(-1) + probe[:, -1]).clamp(-LIMIT, LIMIT).exp()
-
-
-def token_thresholds(x: Tensor, threshold: Tensor, probe: Tensor) -> Tensor:
-    """Thresholds [masks, n] for each token x [..., d], lower where it matters more: [..., masks, n].
-
-    Without a probe ([0, d + 1]) they are the same for all tokens: [masks, n].
-    """
-    return threshold / sensitivity(x, probe).unsqueeze(-1) if len(probe) else threshold
+    rows = threshold.unbind()
+    return [t / s.unsqueeze(-1) for t, s in zip(rows, sensitivities(x, probe), strict=True)] if len(probe) else rows
 
 
 def weighed(z: Tensor, x: Tensor, probe: Tensor) -> Tensor:
@@ -112,4 +120,16 @@ def stack(parts: Sequence[Tensor]) -> Tensor:
 def split_linear(z: Tensor, weight: Tensor, biases: Biases, d_outs: Sequence[int]) -> tuple[Tensor, ...]:
     """One product with a stacked weight [d_out, d], split into the parts' outputs."""
     parts = F.linear(z, weight).split(list(d_outs), dim=-1)
+    return tuple(part if b is None else part + b for part, b in zip(parts, biases, strict=True))
+
+
+def one_product(
+    inputs: Sequence[Tensor], weight_t: Tensor, biases: Biases, d_outs: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """Each part's input [..., d] with its columns of weight_t [d, d_out], as one product of all with all.
+
+    For few rows: memory gives one large weight faster than several small ones, and that is all that costs.
+    """
+    products = torch.stack(list(inputs)) @ weight_t  # [parts, ..., d_out]
+    parts = [y.split(list(d_outs), dim=-1)[i] for i, y in enumerate(products)]
     return tuple(part if b is None else part + b for part, b in zip(parts, biases, strict=True))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rana_compile.adapters.base import Biases, Mask, Tensors, token_thresholds, weighed
-from rana_compile.adapters.neuron import probe_shape, row_thresholds, scaled_row
+from rana_compile.adapters.neuron import probe_shape, scaled_row
 from rana_compile.kernels.reference import ACTIVATIONS, apply_threshold
 from rana_compile.types import Site
 
@@ -42,7 +42,7 @@ class Gated:
         return Mask(weighed(activated, x, t["probe"][1:]), t["gate_threshold"])
 
     def _gate(self, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors) -> Tensor:
-        threshold = token_thresholds(x, tensors["threshold"], tensors["probe"][:1])[..., 0, :]
+        (threshold,) = token_thresholds(x, tensors["threshold"], tensors["probe"][:1])
         return F.linear(apply_threshold(x, threshold), weights[0], biases[0])
 
     def _activated(self, site: Site, gate: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Gated:
         self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors
     ) -> tuple[Tensor, ...]:
         gate = self._gate(x, weights, biases, tensors)
-        threshold = token_thresholds(x, tensors["gate_threshold"][None], tensors["probe"][1:])[..., 0, :]
+        (threshold,) = token_thresholds(x, tensors["gate_threshold"][None], tensors["probe"][1:])
         dead = self._activated(site, gate).abs() < threshold
         up = F.linear(x, weights[1], biases[1])
         return gate, torch.where(dead, torch.zeros((), dtype=up.dtype, device=up.device), up)
@@ -79,9 +79,9 @@ class Gated:
     def decode(self, site: Site, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
         return torch.ops.rana.gated_up(
             x,
-            row_thresholds(x, packed["threshold"][None], packed["probe"][:1])[0],
+            _row_threshold(x, packed["threshold"], packed["probe"][:1]),
             packed["gate_weight_t"],
-            row_thresholds(x, packed["gate_threshold"][None], packed["probe"][1:])[0],
+            _row_threshold(x, packed["gate_threshold"], packed["probe"][1:]),
             packed["up_weight"],
             bias,
             site.activation,
@@ -92,3 +92,8 @@ class Gated:
 
     def mask_flops(self, site: Site) -> tuple[float, ...]:
         return 2.0 * site.d_outs[0], 2.0 * site.d_in
+
+
+def _row_threshold(x: Tensor, threshold: Tensor, probe: Tensor) -> Tensor:
+    """Thresholds [n] of one mask for the kernels: with a probe, those of the one row x [..., d]."""
+    return token_thresholds(x, threshold[None], probe)[0].reshape(threshold.shape)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rana_compile.adapters.base import Biases, Mask, Tensors, stack, token_thresholds, weighed
+from rana_compile.adapters.base import Biases, Mask, Tensors, one_product, sensitivity, stack, token_thresholds, weighed
 from rana_compile.kernels.reference import apply_threshold
 from rana_compile.types import Site
 
@@ -38,8 +38,10 @@ class Neuron:
         self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors
     ) -> tuple[Tensor, ...]:
         thresholds = token_thresholds(x, tensors["threshold"], tensors["probe"])
-        parts = zip(weights, biases, thresholds.unbind(-2), strict=True)
-        return tuple(F.linear(apply_threshold(x, t), w, b) for w, b, t in parts)
+        masked = [apply_threshold(x, t) for t in thresholds]
+        if "weight_t" in tensors:
+            return one_product(masked, tensors["weight_t"], biases, site.d_outs)
+        return tuple(F.linear(z, w, b) for z, w, b in zip(masked, weights, biases, strict=True))
 
     def pack(self, site: Site, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
         weight_t = stack(weights).t().contiguous()  # [d_in, d_out]
@@ -49,8 +51,9 @@ class Neuron:
         return packed["weight_t"].t().split(list(site.d_outs))
 
     def decode(self, site: Site, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
-        threshold = row_thresholds(x, packed["threshold"], packed["probe"])
-        return torch.ops.rana.masked_linear(x, threshold, packed["weight_t"], bias, list(site.d_outs))
+        probe, parts = packed["probe"], list(site.d_outs)
+        scale = sensitivity(x, probe) if len(probe) else None
+        return torch.ops.rana.masked_linear(x, packed["threshold"], packed["weight_t"], bias, parts, scale)
 
     def fixed_flops(self, site: Site, tensors: Tensors) -> float:
         return 2.0 * tensors["probe"].numel()
@@ -73,8 +76,3 @@ def scaled_row(threshold: Tensor, index: int, factor: float) -> Tensor:
     factors = torch.ones(len(threshold), 1, device=threshold.device)
     factors[index] = factor
     return threshold * factors
-
-
-def row_thresholds(x: Tensor, threshold: Tensor, probe: Tensor) -> Tensor:
-    """Thresholds [masks, n] for the kernels: with a probe, those of the one row x [..., d]."""
-    return token_thresholds(x, threshold, probe).reshape(threshold.shape)

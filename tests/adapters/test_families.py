@@ -99,6 +99,17 @@ def test_kernels_compute_the_plain_form(family: str, dtype: torch.dtype) -> None
     torch.testing.assert_close(fast, plain, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
 
 
+def test_parts_as_one_product_are_the_plain_form() -> None:
+    weights, biases = weights_of("neuron")
+    family, x = FAMILIES["neuron"], torch.randn(3, 2, D_IN)
+    tensors = stored("neuron", weights, 0.6)
+    plain = family.forward(STACK, x, weights, biases, tensors)
+    together = family.forward(STACK, x, weights, biases, family.pack(STACK, weights, tensors))
+    assert len(plain) == len(together) == len(D_OUTS)
+    for one, other in zip(plain, together, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_can_be_had_from_the_layouts_that_hold_them(family: str) -> None:
     weights, _ = weights_of(family)

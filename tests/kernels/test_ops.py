@@ -15,8 +15,11 @@ from torch import Tensor
 from rana_compile.kernels import ops, reference
 from rana_compile.types import RanaError
 
-# after a slash: with a mask for each part of the columns
-OPS = ("linear", "masked_linear", "masked_linear/parts", "rank_linear", "gated_mlp", "gated_mlp/parts", "gated_up")
+# after a slash: with a mask for each part of the columns, and thresholds scaled for each row
+OPS = (
+    *("linear", "masked_linear", "masked_linear/parts", "masked_linear/scale", "rank_linear"),
+    *("gated_mlp", "gated_mlp/parts", "gated_mlp/scale", "gated_up"),
+)
 IMPLEMENTATIONS = [
     *((op, "reference") for op in OPS),
     *((op, "cpu") for op in OPS),
@@ -63,6 +66,7 @@ def arguments(
 
     x = torch.randn(rows, d_in).to(dtype).to(device)
     both = lambda: torch.stack([threshold(d_in, 1.0), threshold(d_in, 0.5)])  # noqa: E731
+    scale = lambda masks: torch.rand(rows, masks).to(device) + 0.5  # noqa: E731
     rank = lambda: [threshold(inner, 1.0), normal(inner, d_out), maybe(d_out)]  # noqa: E731
     down = lambda: [normal(inner, d_out), maybe(d_out), "silu"]  # noqa: E731
     up = lambda *levels: [levels[0], normal(d_in, 2 * inner), maybe(2 * inner), levels[1], *down()]  # noqa: E731
@@ -70,9 +74,13 @@ def arguments(
         "linear": lambda: [normal(d_out, d_in), maybe(d_out)],
         "masked_linear": lambda: [threshold(d_in, 1.0), normal(d_in, d_out), maybe(d_out)],
         "masked_linear/parts": lambda: [both(), normal(d_in, d_out), maybe(d_out), [d_out // 3, d_out - d_out // 3]],
+        "masked_linear/scale": lambda: [
+            *(both(), normal(d_in, d_out), maybe(d_out), [d_out // 3, d_out - d_out // 3], scale(2)),
+        ],
         "rank_linear": lambda: [normal(d_in, inner).t().contiguous(), *rank()],
         "gated_mlp": lambda: up(threshold(d_in, 1.0), threshold(inner, 0.3)),
         "gated_mlp/parts": lambda: up(both(), threshold(inner, 0.3)[None]),  # as plans store them
+        "gated_mlp/scale": lambda: [*up(both(), threshold(inner, 0.3)[None]), scale(2)],
         "gated_up": lambda: [
             *(threshold(d_in, 1.0), normal(d_in, inner), threshold(inner, 0.3)),
             *(normal(d_in, inner).t().contiguous(), maybe(2 * inner), "silu"),
@@ -136,10 +144,11 @@ def test_non_contiguous_inputs_and_more_dimensions(op: str, where: str) -> None:
     flat = args[0]
     args[0] = flat.t().contiguous().t()
     check(op, where, args)
+    scale = [args.pop()] if op.endswith("/scale") else []
     args[0] = flat.reshape(2, 3, 24)
-    check(op, where, args)
+    check(op, where, [*args, *(s.reshape(2, 3, -1) for s in scale)])
     args[0] = flat[0]
-    check(op, where, args)
+    check(op, where, [*args, *(s[0] for s in scale)])
 
 
 @each_implementation
@@ -185,8 +194,9 @@ def test_wrong_arguments_are_errors(op: str, where: str) -> None:
         for wrong in (good[i].float(), good[i].repeat(2, 2), good[i].t().contiguous().t()):
             with pytest.raises((RuntimeError, RanaError)):
                 run(*good[:i], wrong, *good[i + 1 :])
-    for i in (i for i, a in enumerate(good) if isinstance(a, Tensor) and a.dim() == 1 and i > 0):
-        for wrong in (good[i].double(), good[i][:-1]):
+    others = [i for i, a in enumerate(good) if isinstance(a, Tensor) and i > 0 and i not in weights]
+    for i in others:  # thresholds, biases, scales
+        for wrong in (good[i].double(), good[i][..., :-1]):
             with pytest.raises((RuntimeError, RanaError)):
                 run(*good[:i], wrong, *good[i + 1 :])
 
@@ -213,6 +223,14 @@ def test_an_unknown_activation_is_an_error_without_running() -> None:
     meta = [a.to("meta") if isinstance(a, Tensor) else a for a in args[:-1]]
     with pytest.raises(RanaError, match="'swish'; known: silu"):
         torch.ops.rana.gated_mlp(*meta, "swish")
+
+
+def test_parts_are_computed_together_while_the_weights_are_the_limit() -> None:
+    assert ops.together_is_faster(16, 3, "cuda")
+    assert not ops.together_is_faster(16, 1, "cuda")  # nothing to put together
+    assert not ops.together_is_faster(1, 3, "cuda")
+    assert not ops.together_is_faster(512, 3, "cuda")  # bound by multiply-adds
+    assert not ops.together_is_faster(16, 3, "cpu")  # not measured
 
 
 def test_a_device_without_kernels_is_an_error() -> None:
