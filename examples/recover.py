@@ -3,9 +3,8 @@
     python examples/recover.py --text prose.txt --minutes 20
 
 The loss is the divergence from the dense model's distribution and a tenth of the text's own. Every few minutes the
-thresholds are fitted to the weights as they are by then, so that the cost stays what was asked for. Products run in
-bfloat16 (autocast) where that is faster on this machine. A killed run goes on where it was; ``--out`` then holds the
-trained model and its plan, as ``from_pretrained`` and the backend take them.
+thresholds are fitted to the weights as they are by then, so that the cost stays what was asked for. A killed run goes
+on where it was; ``--out`` then holds the trained model and its plan, as ``from_pretrained`` and the backend take them.
 """
 
 import argparse
@@ -32,7 +31,7 @@ from rana_compile.loading import load_causal
 from rana_compile.text import read_texts, windows_of
 
 LANGUAGE_LOSS = 0.1  # the text's own loss, beside the divergence from the dense model
-WARM_UP = 10  # steps
+WARM_UP = 0.05  # of the time
 
 
 class Recovery:
@@ -44,8 +43,6 @@ class Recovery:
         self.file = args.out / "training.safetensors"
         self.state: dict[str, Any] = {"step": 0, "seconds": 0.0, "refits": 0}
         self.state |= checkpoints.load(self.file, model, self.optimizer)
-        if "bfloat16" not in self.state:
-            self.state["bfloat16"] = bfloat16_is_faster(teacher, windows[:1])
 
     @property
     def plan_file(self) -> Path:
@@ -75,14 +72,13 @@ class Recovery:
         """One optimiser step over ``--batch`` windows, one at a time. Returns its loss per token."""
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.args.lr * min((self.state["step"] + 1) / WARM_UP, 1.02 - done)
+            group["lr"] = self.args.lr * min(done / WARM_UP, 1.0, (1.02 - done) / (1 - WARM_UP))
         total = 0.0
         for window in self._drawn():
-            with autocast(window, self.state["bfloat16"]):
-                with torch.no_grad():
-                    target = self.teacher(input_ids=window, use_cache=False).logits
-                logits = self.model(input_ids=window, use_cache=False).logits
-            target, log_p = target.float().log_softmax(-1), logits.float().log_softmax(-1)
+            with torch.no_grad():
+                target = self.teacher(input_ids=window, use_cache=False).logits.log_softmax(-1)
+            logits = self.model(input_ids=window, use_cache=False).logits.float()
+            log_p = logits.log_softmax(-1)
             apart = F.kl_div(log_p, target, log_target=True, reduction="sum") / window.numel()
             own = F.nll_loss(log_p[0, :-1], window[0, 1:])
             loss = ((1 - LANGUAGE_LOSS) * apart + LANGUAGE_LOSS * own) / self.args.batch
@@ -108,23 +104,6 @@ class Recovery:
         if not first:
             old.unlink(missing_ok=True)
         return plan
-
-
-def autocast(window: Tensor, bfloat16: bool) -> torch.autocast:
-    return torch.autocast(window.device.type, torch.bfloat16, enabled=bfloat16)
-
-
-def bfloat16_is_faster(model: nn.Module, window: Tensor) -> bool:
-    """Whether one forward pass over window [1, length] is, here; some processors only emulate it."""
-
-    def seconds(bfloat16: bool) -> float:
-        with torch.no_grad(), autocast(window, bfloat16):
-            model(input_ids=window, use_cache=False)
-            began = time.perf_counter()
-            model(input_ids=window, use_cache=False)
-        return time.perf_counter() - began
-
-    return seconds(True) < seconds(False)
 
 
 def measured(model: nn.Module, plan: Plan, windows: Tensor) -> tuple[float, float]:
@@ -155,7 +134,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--exclude", nargs="*", default=["lm_head"], help="weights that stay dense")
     parser.add_argument("--calibration-tokens", type=int, default=8192)
     parser.add_argument("--refit-tokens", type=int, default=4096)
-    parser.add_argument("--refit-minutes", type=float, default=10.0, help="between two fits of the thresholds")
+    parser.add_argument("--refit-minutes", type=float, default=8.0, help="between two fits of the thresholds")
     parser.add_argument("--save-minutes", type=float, default=2.0, help="between two saves of the run")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--batch", type=int, default=2, help="windows of a step")
