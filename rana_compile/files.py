@@ -4,6 +4,7 @@ import fcntl
 import glob
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +24,18 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
     with _explained(path), _directory_beside(path) as directory:
         temporary = directory / path.name
         yield temporary
+        temporary.chmod(_mode(path, directory))
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+
+
+def _mode(path: Path, directory: Path) -> int:
+    """Permissions of the file before, else those that new files get here (safetensors writes for the owner alone)."""
+    if not path.exists():
+        path = directory / "permissions"
+        path.touch()
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def check_writable(target: str | os.PathLike[str], room: int = 4096) -> None:

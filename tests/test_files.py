@@ -38,6 +38,20 @@ def write(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002], ids=oct)
+def test_others_may_read_what_the_umask_lets_them(mask: int, tmp_path: Path) -> None:
+    """safetensors writes files that only their owner may read, which a shared model directory cannot use."""
+    path, before = tmp_path / "plan", os.umask(mask)
+    try:
+        for expected in (0o666 & ~mask, 0o640):
+            with replacing(path) as temporary:
+                temporary.touch(0o600)
+            assert path.stat().st_mode & 0o777 == expected
+            path.chmod(0o640)  # and a file that is replaced keeps what its owner chose
+    finally:
+        os.umask(before)
+
+
 def test_a_killed_write_leaves_the_old_file_and_the_next_one_clears_up(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write(path, "old")
