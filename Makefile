@@ -7,7 +7,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?= -n 2
 SCREENSHOT_ARGS ?=
 
-.PHONY: demo test lint types docs screenshots clean
+.PHONY: demo test lint types docs screenshots coverage sanitize wheel-test versions clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
@@ -21,6 +21,21 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+coverage: $(STAMP)
+	$(BIN)/python -m pytest $(TEST_ARGS) --cov --cov-report=term:skip-covered --cov-report=json:out/coverage.json
+	$(BIN)/python .ci/uncovered.py out/coverage.json
+
+sanitize: $(STAMP)
+	.ci/sanitize
+
+wheel-test:
+	.ci/installed wheel pinned $(TEST_ARGS)
+	.ci/installed sdist pinned $(TEST_ARGS)
+
+versions:
+	.ci/installed wheel lowest $(TEST_ARGS)
+	.ci/installed wheel newest $(TEST_ARGS)
 
 docs: $(STAMP)
 	$(BIN)/python docs/reference.py

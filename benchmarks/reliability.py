@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import bad_inputs
+import endurance
 import faults
 import interrupts
 import torch
@@ -30,7 +31,7 @@ from rich.table import Table
 
 from rana_compile.files import replacing
 
-CASES: tuple[Case, ...] = (*faults.CASES, *interrupts.CASES, *bad_inputs.CASES)
+CASES: tuple[Case, ...] = (*faults.CASES, *interrupts.CASES, *bad_inputs.CASES, *endurance.CASES)
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 MARKS = "<!-- table -->\n", "<!-- end of table -->\n"
 console = Console(width=120, highlight=False)

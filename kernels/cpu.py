@@ -3,12 +3,15 @@
 The library lies in a cache directory under a name that hashes everything it depends on (source, PyTorch,
 compiler, processor flags); it is compiled to a temporary name and renamed, so that processes may race and the next
 build clears up after a killed one. Without a compiler the plain reference is registered, with a warning.
+
+``$RANA_COMPILE_CXXFLAGS`` adds compiler flags behind ours, such as the sanitizers' of ``.ci/sanitize``.
 """
 
 import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -95,7 +98,7 @@ def build(compiler: str, library: Path) -> Path:
     """The library, compiled. Raises RanaError with the compiler's words."""
     log.info("building CPU kernels in %s (about half a minute, once per machine)", library.parent)
     with replacing(library) as temporary:
-        command = [compiler, *FLAGS, str(SOURCE), *_shared_runtime(compiler), *_torch_flags(), "-o", str(temporary)]
+        command = [compiler, *_flags(), str(SOURCE), *_shared_runtime(compiler), *_torch_flags(), "-o", str(temporary)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise RanaError(
@@ -103,6 +106,10 @@ def build(compiler: str, library: Path) -> Path:
                 f"place, CXX another compiler):\n{result.stderr[-2000:]}"
             )
     return library
+
+
+def _flags() -> list[str]:
+    return [*FLAGS, *shlex.split(os.environ.get("RANA_COMPILE_CXXFLAGS", ""))]
 
 
 def _shared_runtime(compiler: str) -> list[str]:
@@ -127,7 +134,7 @@ def _torch_flags() -> list[str]:
 def _fingerprint(compiler: str) -> str:
     """Hash of what the library depends on, the processor ``-march=native`` stands for included."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = (SOURCE.read_text(), torch.__version__, version, " ".join(FLAGS), platform.machine(), _processor())
+    parts = (SOURCE.read_text(), torch.__version__, version, " ".join(_flags()), platform.machine(), _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

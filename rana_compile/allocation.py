@@ -6,16 +6,23 @@ Lagrangian sweep: on each site's lower convex hull the best candidate for a mult
 slope, so taking all hull steps in order of price per cost solves the relaxation; what is left of the
 budget is then spent on the best single exchanges, off-hull candidates included. Source: Sinha &
 Zoltners 1979, "The multiple-choice knapsack problem".
+
+With many sites that is the optimum to a fraction of one step. With few it need not be: where the relaxation leaves
+more than ``GAP`` open, partial choices are enumerated site by site, and those dropped that cost and lose more than
+another, or that the relaxation of the sites to come cannot bring below the best choice known.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from heapq import nsmallest
+from itertools import accumulate, pairwise
 
 from rana_compile.types import ConfigError
 
 ROUNDING = 1e-9  # relative: sums of costs in any order
+GAP = 1e-3  # relative distance of a price from its lower bound that is not worth a search
+STATES = 4096  # partial choices that a search keeps; fewer sites than about 30 never have more that matter
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Option:
 
 
 def allocate(sites: Sequence[Sequence[Option]], budget: float) -> list[int]:
-    """The chosen option of each site.
+    """The chosen option of each site: within ``GAP`` of the least price, unless more than ``STATES`` choices compete.
 
     Raises:
         ConfigError: if even the cheapest options exceed the budget (the message states the least budget).
@@ -36,13 +43,21 @@ def allocate(sites: Sequence[Sequence[Option]], budget: float) -> list[int]:
     if least > budget * (1 + ROUNDING):
         raise ConfigError(f"the budget {budget:.4g} cannot be reached: the cheapest candidates cost {least:.4g}")
     chosen = [_cheapest(options) for options in sites]
-    left = budget * (1 + ROUNDING) - sum(options[k].cost for options, k in zip(sites, chosen, strict=True))
-    for _, i, k in sorted(_hull_steps(sites)):
+    most = budget * (1 + ROUNDING)
+    left = most - _sum(sites, chosen)[0].cost
+    rate = 0.0  # of price per cost, where the budget cuts the hulls
+    for slope, i, k in sorted(_hull_steps(sites)):
         step = sites[i][k].cost - sites[i][chosen[i]].cost
-        if step <= left and sites[i][k].price < sites[i][chosen[i]].price:
+        if step > left:
+            rate = rate or -slope
+        elif sites[i][k].price < sites[i][chosen[i]].price:
             chosen[i] = k
             left -= step
-    return _spend(sites, chosen, left)
+    chosen = _spend(sites, chosen, left)
+    bounds = _bounds(sites, rate)
+    if _sum(sites, chosen)[0].price - (bounds[0] - rate * most) <= GAP * abs(bounds[0] - rate * most):
+        return chosen
+    return _searched(sites, chosen, most, bounds, rate)
 
 
 def combined(groups: Sequence[Sequence[Option]]) -> list[tuple[Option, tuple[int, ...]]]:
@@ -92,6 +107,57 @@ def _is_above(options: Sequence[Option], a: int, b: int, c: int) -> bool:
     run_ab, run_ac = options[b].cost - options[a].cost, options[c].cost - options[a].cost
     rise_ab, rise_ac = options[b].price - options[a].price, options[c].price - options[a].price
     return rise_ab * run_ac >= rise_ac * run_ab
+
+
+def _bounds(sites: Sequence[Sequence[Option]], rate: float) -> list[float]:
+    """The least price + rate · cost of the sites from each on, and 0 behind the last."""
+    least = [min((o.price + rate * o.cost for o in _priced(options)), default=math.inf) for options in sites]
+    return [*accumulate(reversed(least), initial=0.0)][::-1]
+
+
+def _priced(options: Sequence[Option]) -> list[Option]:
+    return [o for o in options if math.isfinite(o.price)]
+
+
+def _searched(
+    sites: Sequence[Sequence[Option]], known: list[int], most: float, bounds: Sequence[float], rate: float
+) -> list[int]:
+    """The best choice that costs at most this, or the one known if none is better."""
+    limit = _sum(sites, known)[0].price
+    cheapest = [min((o.cost for o in _priced(options)), default=math.inf) for options in sites]
+    rest = [*accumulate(reversed(cheapest), initial=0.0)][::-1]
+    states: list[_State] = [(0.0, 0.0, None)]
+    for i, options in enumerate(sites):
+        grown: list[_State] = [
+            (cost + o.cost, price + o.price, (k, way))
+            for cost, price, way in states
+            for k, o in enumerate(options)
+            if math.isfinite(o.price)
+        ]
+        # what the sites to come can at best add, at their relaxed prices
+        grown = [s for s in grown if s[0] + rest[i + 1] <= most and s[1] + bounds[i + 1] - rate * (most - s[0]) < limit]
+        states = _undominated(grown, rate)
+    if not states:
+        return known
+    _, _, way = min(states, key=lambda s: s[1])
+    chosen: list[int] = []
+    while way is not None:
+        k, way = way
+        chosen.append(k)
+    return chosen[::-1]
+
+
+_Way = tuple[int, "_Way"] | None  # the options chosen so far, last first
+_State = tuple[float, float, _Way]  # cost, price, how
+
+
+def _undominated(states: list[_State], rate: float) -> list[_State]:
+    """Those that no other undercuts in both cost and price; of too many the most promising."""
+    kept: list[_State] = []
+    for state in sorted(states, key=lambda s: s[:2]):
+        if not kept or state[1] < kept[-1][1]:
+            kept.append(state)
+    return kept if len(kept) <= STATES else nsmallest(STATES, kept, key=lambda s: s[1] + rate * s[0])
 
 
 def _spend(sites: Sequence[Sequence[Option]], chosen: list[int], left: float) -> list[int]:

@@ -71,6 +71,11 @@ class Bound:
     def stored(self) -> Tensors:
         return self._stored
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """All tensors that this site holds so far."""
+        return [t for held in (self._stored, self._folded or {}, self._packed or {}) for t in held.values()]
+
     def folded(self, weights: Sequence[Tensor]) -> Tensors:
         if self._folded is None:
             with plainly(), naming_remedy(LESS_MEMORY):
@@ -202,3 +207,8 @@ register_optimizer_step_post_hook(_count_fused_steps)
 def bound_plans(weights: Sequence[Tensor]) -> list[Plan]:
     """Plans that are bound to any of these weights."""
     return [plan for plan, by_weight in _BOUND.items() if any(w in by_weight for w in weights)]
+
+
+def bound_sites(weights: Sequence[Tensor]) -> list[Bound]:
+    """What is bound to these weights, of all plans."""
+    return [bound for by_weight in _BOUND.values() for w in weights for bound in by_weight.get(w, {}).values()]

@@ -4,6 +4,7 @@ Dynamo lets models of one structure share a graph, so each model has its own ``U
 time where it stands, within Dynamo's own context, so Dynamo sees no recompilation.
 """
 
+import copy
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.convert_frame import compile_lock
 from torch._guards import CompileContext, TracingContext, compile_context, tracing
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -95,12 +97,15 @@ class Profiled:
         self.names |= self.adaptable  # which functional_call may have replaced by plain tensors
         self.autocast = _autocast_of(example_inputs[self.parameters[0]].device.type)
         self._key = next(iter(self.adaptable.values()))
-        self._context, self._compiling = TracingContext.get(), CompileContext.try_get()
+        self._tracing: TracingContext | None = TracingContext.get()
+        self._context = copy.copy(self._tracing)  # compilers leave the model's own tensors in it
+        self._compiling = CompileContext.try_get()
         self._compile = compile_graph
         self._dense: Compiled | None = None
         self._uses = WeakTensorKeyDictionary()
         self._examples = list(example_inputs)
         self._use_of(example_inputs)
+        self._tracing = None
         kept = set(self.parameters)  # do not keep a model or a cache alive
         self._examples = [None if i in kept else _fake(v, self._context) for i, v in enumerate(example_inputs)]
 
@@ -109,8 +114,12 @@ class Profiled:
 
     def _use_of(self, args: Sequence[Any]) -> "Use":
         use: Use | None = self._uses.get(args[self._key])
-        if use is None:
-            use = self._uses[args[self._key]] = Use(self, args)
+        if use is not None:
+            return use
+        with compile_lock:  # another thread may be making it
+            use = self._uses.get(args[self._key])
+            if use is None:
+                use = self._uses[args[self._key]] = Use(self, args)
         return use
 
     def compiled(self, plan: Plan | None, args: Sequence[Any]) -> Compiled:
@@ -126,10 +135,10 @@ class Profiled:
 
     @contextmanager
     def _as_dynamo_left_it(self) -> Iterator[None]:
-        if TracingContext.try_get() is self._context:  # Dynamo is tracing this very graph
+        if TracingContext.try_get() is self._tracing is not None:  # Dynamo is tracing this very graph
             yield
             return
-        with tracing(self._context), compile_context(self._compiling):
+        with tracing(copy.copy(self._context)), compile_context(self._compiling):
             yield
 
 
@@ -146,6 +155,7 @@ class Use:
         self.replay = Replay(graph.gm, bind_sites(graph.gm, list(self.session.sites.values())))
         self._plan: Plan | None = None
         self._stamp: Stamp = ()
+        self._run: Compiled | None = None
         self._switch(args)
 
     def __call__(self, *args: Any) -> Any:
@@ -157,11 +167,16 @@ class Use:
         if self._plan is not session.plan:
             self._switch(args)
         try:
-            return self._run(*args)
+            return self._running(*args)
         except PlanError as error:  # raised before anything ran
             self._give_up(error, self._plan)
             self._switch(args)
-            return self._run(*args)
+            return self._running(*args)
+
+    @property
+    def _running(self) -> Compiled:
+        assert self._run is not None  # from the first switch on
+        return self._run
 
     def _record(self, args: Sequence[Any]) -> None:
         now = self._stamp_of(args)
@@ -181,8 +196,10 @@ class Use:
 
     def _switch(self, args: Sequence[Any]) -> None:
         """Run as the session has decided; as before where it is interrupted, and the next call tries again."""
-        with self.session.lock:
+        with compile_lock, self.session.lock:
             plan, now = self.session.plan, self._stamp_of(args)
+            if self._run is not None and self._plan is plan:  # another thread has seen to it by now
+                return
             try:
                 run = self.graph.compiled(plan, args)
             except (PlanError, OutOfMemoryError) as error:
@@ -194,7 +211,7 @@ class Use:
         if self.graph.given is not None:
             raise error
         with self.session.lock:
-            if not plan is self.session.plan is not None:
+            if plan is None or plan is not self.session.plan:
                 return
             if isinstance(error, PlanError):
                 self.session.restart(str(error))

@@ -11,7 +11,12 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compile
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # workers share the cores; read when torch is imported
 
+import hypothesis
 import torch
+
+# The same examples in every run, and no judgement of their time: a test that fails must fail for what was changed.
+hypothesis.settings.register_profile("rana", derandomize=True, deadline=None, max_examples=60)
+hypothesis.settings.load_profile("rana")
 
 
 def pytest_configure() -> None:

@@ -5,15 +5,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 
 from rana_compile import testing
 from rana_compile.adapters import FAMILIES, Tensors
+from rana_compile.kernels.reference import ACTIVATIONS
 from rana_compile.plan import Plan, SitePlan, weight_hash
 from rana_compile.types import Site
 
 VOCABULARY = 128
+ROOT = Path(__file__).parents[1]
+needs_sources = pytest.mark.skipif(
+    not (ROOT / "rana_compile").exists(), reason="about the source tree; the package here is an installed one"
+)
 
 
 def tiny_llama(layers: int = 2, **changes: Any) -> nn.Module:
@@ -36,8 +42,59 @@ def tokens(batches: int, length: int = 32, seed: int = 1) -> list[Tensor]:
 
 def graph_of(module: nn.Module, *inputs: Tensor) -> fx.GraphModule:
     """The one graph Dynamo hands to a backend."""
-    (gm,) = testing.graphs_of(module, *inputs)
-    return gm
+    return graph_and_inputs(module, *inputs)[0]
+
+
+def graph_and_inputs(module: nn.Module, *inputs: Tensor) -> tuple[fx.GraphModule, list[Any]]:
+    """The one graph Dynamo hands to a backend, and what it would call it with."""
+    (pair,) = testing._graphs(module, inputs, {})
+    return pair
+
+
+def formula(
+    family: str,
+    site: Site,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    tensors: Tensors,
+    margins: list[float] | None = None,
+) -> Tensor:
+    """What an adapter means, y = A (m * T x) + b [..., d_out], in float64; ``margins``: see ``masked``."""
+    x, weights = x.double(), [w.double() for w in weights]
+    shifts = [0.0 if b is None else b.double() for b in biases]
+    bias = torch.cat([w.new_zeros(len(w)) + b for w, b in zip(weights, shifts, strict=True)])
+    if family == "dense":
+        return x @ torch.cat(weights).t() + bias
+    probes = [tensors["probe"][i] if len(tensors.get("probe", ())) else None for i in range(len(weights))]
+    if family == "neuron":
+        parts = zip(tensors["threshold"], probes, weights, strict=True)
+        return torch.cat([masked(x, t, x, p, margins) @ w.t() for t, p, w in parts], -1) + bias
+    if family == "gated":
+        gate = masked(x, tensors["threshold"][0], x, probes[0], margins) @ weights[0].t() + shifts[0]
+        activated = ACTIVATIONS[str(site.activation)](gate)
+        alive = masked(torch.ones_like(activated), tensors["gate_threshold"], x, probes[1], margins, activated)
+        return torch.cat([gate, (x @ weights[1].t() + shifts[1]) * alive], -1)
+    basis = tensors["output_basis"].double()
+    z = x @ (basis.t() @ torch.cat(weights)).t()
+    return (masked(z, tensors["threshold"], margins=margins) if "threshold" in tensors else z) @ basis.t() + bias
+
+
+def masked(
+    z: Tensor,
+    threshold: Tensor,
+    x: Tensor | None = None,
+    probe: Tensor | None = None,
+    margins: list[float] | None = None,
+    judged: Tensor | None = None,
+) -> Tensor:
+    """z where abs(z)·s ≥ threshold (``judged``: of another value), s of the tokens x; distances go to ``margins``."""
+    score = (z if judged is None else judged).abs()
+    if x is not None and probe is not None:
+        score = score * (x @ probe[:-1].double() + probe[-1].double()).clamp(-2, 2).exp()[..., None]
+    if margins is not None:
+        margins += [float((score - threshold.double()).abs()[..., threshold > 0].amin())] if threshold.any() else []
+    return z * (score >= threshold.double())
 
 
 def site_plan(site: Site, family: str, tensors: Tensors, weights: Sequence[Tensor]) -> SitePlan:

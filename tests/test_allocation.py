@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rana_compile.allocation import Option, allocate, convex_hull
+from rana_compile.allocation import GAP, ROUNDING, Option, allocate, convex_hull
 from rana_compile.types import ConfigError
 
 SITES = st.lists(
@@ -29,15 +29,32 @@ def best_price(sites: list[list[Option]], budget: float) -> float:
     return min(price(sites, list(c)) for c in choices if cost(sites, list(c)) <= budget)
 
 
+def spread(sites: list[list[Option]], share: float) -> float:
+    """The budget at this share of the way from the cheapest choice to the dearest."""
+    least, most = (sum(end(o.cost for o in options) for options in sites) for end in (min, max))
+    return least + share * (most - least)
+
+
 @given(SITES, st.floats(0, 1))
-def test_within_budget_and_close_to_the_optimum(sites: list[list[Option]], share: float) -> None:
-    least = sum(min(o.cost for o in options) for options in sites)
-    most = sum(max(o.cost for o in options) for options in sites)
-    budget = least + share * (most - least)
+def test_within_budget_and_a_hundredth_of_the_optimum(sites: list[list[Option]], share: float) -> None:
+    budget = spread(sites, share)
     chosen = allocate(sites, budget)
-    assert cost(sites, chosen) <= budget * (1 + 1e-9)
-    largest = max((o.price for options in sites for o in options), default=0.0)
-    assert price(sites, chosen) <= best_price(sites, budget) + largest + 1e-6  # one item of the relaxation's gap
+    assert cost(sites, chosen) <= budget * (1 + ROUNDING) ** 2
+    assert price(sites, chosen) <= best_price(sites, budget * (1 + ROUNDING)) * (1 + GAP) + 1e-12
+    assert GAP < 0.01
+
+
+@given(SITES, st.floats(0, 1), st.floats(0, 1))
+def test_a_larger_budget_never_costs_quality(sites: list[list[Option]], one: float, other: float) -> None:
+    """But for ``GAP``: the choices are as good as the best to within it."""
+    small, large = (price(sites, allocate(sites, spread(sites, share))) for share in sorted((one, other)))
+    assert large <= small * (1 + GAP) + 1e-12
+
+
+def test_few_large_steps_are_packed_best() -> None:
+    """The step that saves most per cost comes first, and then neither of the others fits."""
+    sites = [[Option(0, 40), Option(60, 0)], [Option(0, 30), Option(50, 0)], [Option(0, 30), Option(50, 0)]]
+    assert allocate(sites, 100) == [0, 1, 1]
 
 
 @given(SITES)

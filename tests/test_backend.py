@@ -83,7 +83,8 @@ def test_generate(model: nn.Module, which: str, cache: str | None, request: pyte
     prompt = tokens(1, length=7, seed=4)[0]
     expected = generated_eagerly(model, plan, prompt, 12)
     fast = compiled(model, plan)
-    assert torch.equal(generate(fast, prompt, 12, cache), expected)
+    for _ in range(2):  # some versions of transformers call the model in another way the second time
+        assert torch.equal(generate(fast, prompt, 12, cache), expected)
     frames = counters["stats"]["unique_graphs"]
     assert torch.equal(generate(fast, prompt, 12, cache), expected)
     assert counters["stats"]["unique_graphs"] == frames

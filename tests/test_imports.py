@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from support import ROOT, needs_sources
 
 # A module imports only from its own row or from rows above it. A new module needs a place here.
 LAYERS = (
@@ -79,10 +78,12 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+@needs_sources
 def test_every_module_has_a_layer() -> None:
     assert {module for _, module in sources()} <= set(LAYER_OF)
 
 
+@needs_sources
 def test_imports_go_one_way() -> None:
     wrong = [
         f"{path.relative_to(ROOT)} ({module}) imports {name}"
@@ -94,6 +95,7 @@ def test_imports_go_one_way() -> None:
     assert wrong == []
 
 
+@needs_sources
 def test_kernels_know_nothing_of_sites_plans_or_models() -> None:
     """Of the rest of the package they may raise its errors, and write files as it does, no more."""
     names = {name for path, module in sources() if module == "kernels" for name in imported(path)}
@@ -106,6 +108,7 @@ def test_kernels_know_nothing_of_sites_plans_or_models() -> None:
     ] == []
 
 
+@needs_sources
 def test_no_import_of_the_folders_as_top_level_packages() -> None:
     """Hugging Face ships a package called ``kernels``."""
     everywhere = [path for path, _ in sources()] + sorted((ROOT / "tests").rglob("*.py"))

@@ -5,13 +5,12 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
-from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 import torch
+from support import ROOT, needs_sources
 
-ROOT = Path(__file__).parents[1]
 FOLDERS = ("passes", "kernels")
 
 
@@ -33,6 +32,7 @@ def names_of(wheel: ZipFile) -> set[str]:
     return {name for name in wheel.namelist() if ".dist-info/" not in name}
 
 
+@needs_sources
 def test_wheel_holds_every_source_file(wheel: ZipFile) -> None:
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "rana_compile").glob("**/*.py")}
     expected.add("rana_compile/page.css")
@@ -42,10 +42,12 @@ def test_wheel_holds_every_source_file(wheel: ZipFile) -> None:
     assert expected <= names_of(wheel)
 
 
+@needs_sources
 def test_wheel_has_one_top_level_package(wheel: ZipFile) -> None:
     assert {name.split("/")[0] for name in names_of(wheel)} == {"rana_compile"}
 
 
+@needs_sources
 def test_wheel_names_the_backend_and_the_command(wheel: ZipFile) -> None:
     (path,) = (name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
     lines = wheel.read(path).decode().split("\n")
@@ -53,6 +55,7 @@ def test_wheel_names_the_backend_and_the_command(wheel: ZipFile) -> None:
     assert lines[lines.index("[console_scripts]") + 1] == "rana-compile = rana_compile.cli:main"
 
 
+@needs_sources
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_folders_are_linked_and_have_no_init(folder: str) -> None:
     """Without ``__init__.py`` a probe for a top-level package of that name finds an empty namespace."""

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from support import formula
 from torch import Tensor
 
 from rana_compile.adapters import FAMILIES, Tensors, adapter_flops
@@ -44,35 +45,6 @@ def probe(masks: int) -> Tensor:
     return values * torch.tensor([1.0] * (masks - 1) + [8.0])[:, None]
 
 
-def masked(z: Tensor, threshold: Tensor, x: Tensor | None = None, probe: Tensor | None = None) -> Tensor:
-    """z where abs(z)·s ≥ threshold, s of the tokens x."""
-    score = z.abs()
-    if x is not None and probe is not None:
-        score = score * (x @ probe[:-1].double() + probe[-1].double()).clamp(-2, 2).exp()[..., None]
-    return z * (score >= threshold.double())
-
-
-def exact(family: str, x: Tensor, weights: list[Tensor], biases: list[Tensor | None], tensors: Tensors) -> Tensor:
-    """y = A (m * T x) + b in float64."""
-    x = x.double()
-    shifts = [0.0 if b is None else b.double() for b in biases]
-    if family == "neuron":
-        masks = [masked(x, t, x, p) for t, p in zip(tensors["threshold"], tensors["probe"], strict=True)]
-        return torch.cat([z @ w.double().t() + b for z, w, b in zip(masks, weights, shifts, strict=True)], -1)
-    if family == "gated":
-        gate = masked(x, tensors["threshold"][0], x, tensors["probe"][0]) @ weights[0].double().t() + shifts[0]
-        alive = masked(torch.nn.functional.silu(gate), tensors["gate_threshold"], x, tensors["probe"][1]) != 0
-        alive |= tensors["gate_threshold"].double() == 0
-        return torch.cat([gate, (x @ weights[1].double().t() + shifts[1]) * alive], -1)
-    basis = tensors["output_basis"].double()
-    z = x @ (basis.t() @ torch.cat(weights).double()).t()
-    kept = masked(z, tensors["threshold"]) if "threshold" in tensors else z
-    bias = torch.cat(
-        [torch.zeros(n).double() if b is None else b.double() for n, b in zip(D_OUTS, biases, strict=True)]
-    )
-    return kept @ basis.t() + bias
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("threshold", [0.0, 0.7, 1e9], ids=["all live", "some", "none"])
 def test_plain_form_is_the_formula(family: str, threshold: float) -> None:
@@ -81,7 +53,9 @@ def test_plain_form_is_the_formula(family: str, threshold: float) -> None:
     x = torch.randn(4, 3, D_IN)
     full = tensors | FAMILIES[family].derive(weights, tensors)
     y = torch.cat(FAMILIES[family].forward(SITES[family], x, weights, biases, full), -1)
-    torch.testing.assert_close(y.double(), exact(family, x, weights, biases, tensors), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        y.double(), formula(family, SITES[family], x, weights, biases, tensors), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

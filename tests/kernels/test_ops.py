@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from rana_compile.kernels import ops, reference
@@ -161,6 +163,47 @@ def test_outputs_are_written_whole_and_nan_passes(op: str, where: str) -> None:
         check(op, where, args)
     args[0][1, 7] = torch.nan
     check(op, where, args)
+
+
+SIZES = st.one_of(st.integers(0, 5), st.sampled_from([8, 15, 16, 17, 31, 33, 64, 127]), st.integers(1, 150))
+LEVELS = st.lists(st.sampled_from([0.0, 0.3, 1.0, torch.inf, -1.0, torch.nan]), min_size=1, max_size=7)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="not about Triton")
+@pytest.mark.parametrize("op", OPS)
+@given(
+    shape=st.tuples(st.one_of(st.integers(0, 4), st.integers(0, 36)), SIZES, SIZES),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    levels=LEVELS,
+    bias=st.booleans(),
+    activation=st.sampled_from(list(reference.ACTIVATIONS)),
+    nans=st.integers(0, 2),
+    seed=st.integers(0, 1 << 30),
+)
+def test_any_shape_mask_and_dtype(
+    op: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    levels: list[float],
+    bias: bool,
+    activation: str,
+    nans: int,
+    seed: int,
+) -> None:
+    """Masks are any pattern of levels: all kept, none, some, and thresholds that are no numbers, which keep."""
+    torch.manual_seed(seed)
+    args = arguments(op, shape, dtype, bias=bias)
+    names = [a.name for a in getattr(torch.ops.rana, op.partition("/")[0]).default._schema.arguments]
+    args = [with_levels(a, levels) if "threshold" in n else a for n, a in zip(names, args, strict=False)]
+    args = [activation if isinstance(a, str) else a for a in args]
+    for _ in range(nans if args[0].numel() else 0):
+        args[0].view(-1)[int(torch.randint(args[0].numel(), ()))] = torch.nan
+    check(op, "cpu", args)
+
+
+def with_levels(threshold: Tensor, levels: list[float]) -> Tensor:
+    pattern = torch.tensor(levels).repeat(threshold.numel() // len(levels) + 1)[: threshold.numel()]
+    return pattern[torch.randperm(len(pattern))].reshape(threshold.shape)
 
 
 @pytest.mark.parametrize("where", [where for op, where in IMPLEMENTATIONS if (op, where) == ("masked_linear", where)])

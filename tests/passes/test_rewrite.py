@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from support import graph_of
+from support import formula, graph_and_inputs
 from torch import Tensor, nn
 
 from rana_compile.adapters import FAMILIES, Tensors
@@ -105,7 +105,7 @@ def family_of(site: Site, family: str) -> str:
 
 def lowered(block: nn.Module, x: Tensor, family: str, decode: bool) -> tuple[list[str], list[str], Tensor]:
     """(text before, text after, output of the rewritten graph)."""
-    gm = graph_of(block, x)
+    gm, inputs = graph_and_inputs(block, x)
     parameters = dict(block.named_parameters())
     lowerings = []
     for match in find_sites(gm).matches:
@@ -118,40 +118,22 @@ def lowered(block: nn.Module, x: Tensor, family: str, decode: bool) -> tuple[lis
     before = graph_text(gm.graph)
     new = rewrite(gm, lowerings)
     assert graph_text(gm.graph) == before  # the given graph is never changed
-    real = graph_inputs(gm, block, x)
     with torch.no_grad():
         text = [re.sub(r", probe: \w+", "", line) for line in graph_text(new.graph)]  # none here: [0, d + 1]
-        return before, text, new(*real)[0]
+        return before, text, new(*inputs)[0]
 
 
-def graph_inputs(gm: torch.fx.GraphModule, block: nn.Module, x: Tensor) -> list[Tensor]:
-    from rana_compile.passes.names import source_name
-
-    parameters = dict(block.named_parameters())
-    names = [source_name(n) for n in gm.graph.nodes if n.op == "placeholder"]
-    return [x if name is None else parameters[name] for name in names]
-
-
-def formula(block: Block, x: Tensor, family: str) -> Tensor:
+def exact(block: Block, x: Tensor, family: str) -> Tensor:
     """The adapted block, site by site, in float64."""
 
     def site(x: Tensor, *linears: nn.Linear) -> list[Tensor]:
         own = "neuron" if family == "gated" and linears[0] is not block.gate else family
-        tensors = tensors_for(own, torch.cat([lin.weight for lin in linears]), len(linears))
-        weight = torch.cat([lin.weight for lin in linears]).double()
-        bias = torch.cat([lin.weight.new_zeros(lin.out_features) if lin.bias is None else lin.bias for lin in linears])
-        if own == "neuron":
-            parts = zip(tensors["threshold"].double(), linears, strict=True)
-            y = torch.cat([(x * (x.abs() >= t)) @ lin.weight.double().t() for t, lin in parts], -1)
-        elif own == "gated":
-            gate = (x * (x.abs() >= tensors["threshold"][0].double())) @ linears[0].weight.double().t()
-            alive = F.silu(gate).abs() >= tensors["gate_threshold"].double()
-            y = torch.cat([gate, (x @ linears[1].weight.double().t()) * alive], -1)
-        else:
-            basis = tensors["output_basis"].double()
-            z = x @ (basis.t() @ weight).t()
-            y = (z * (z.abs() >= tensors["threshold"].double() if family == "rank" else 1)) @ basis.t()
-        return list((y + bias).split([lin.out_features for lin in linears], -1))
+        weights, biases = [lin.weight for lin in linears], [lin.bias for lin in linears]
+        tensors = tensors_for(own, torch.cat(weights), len(linears))
+        d_outs = tuple(lin.out_features for lin in linears)
+        names = tuple(map(str, range(len(linears))))
+        here = Site("s", "stacked", names, linears[0].in_features, d_outs, activation="silu")
+        return list(formula(own, here, x, weights, biases, tensors).split(d_outs, -1))
 
     q, k = site(x.double(), block.q, block.k)
     (x,) = site(torch.cat([q, k], -1).softmax(-1), block.o)
@@ -178,4 +160,4 @@ def test_rewritten_graph_computes_the_formula(block: Block, family: str, decode:
     ops.load("cpu")
     x = torch.randn(1 if decode else 5, 8)
     _, _, y = lowered(block, x, family, decode)
-    torch.testing.assert_close(y.double(), formula(block, x, family), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y.double(), exact(block, x, family), rtol=1e-4, atol=1e-5)
