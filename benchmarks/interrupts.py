@@ -1,7 +1,6 @@
 """Ctrl-C, full disks and too little memory: the model stays usable, files whole, and the error says what to do."""
 
 import os
-import random
 import resource
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from torch import Tensor
 import rana_compile
 from rana_compile import OutOfMemoryError, Plan, RanaError, WriteError
 
-GROWTH = 1 << 29  # bytes: about what the calibration that lacks memory would take
+GROWTH = 3 << 26  # bytes: somewhat more than the calibration takes
 
 
 def interrupted_after(seconds: float, work: Callable[[], Any]) -> bool:
@@ -196,11 +195,11 @@ def is_refused(work: Callable[[], object]) -> bool:
 
 
 def out_of_memory(tries: int, directory: Path) -> Outcome:
-    """A process that may take so many bytes more calibrates on windows that need about half a gigabyte."""
-    draw, lost, met = random.Random(0), 0, 0
-    for i in range(tries):
+    """A process that may take so many bytes more calibrates, which needs a sixth of a gigabyte."""
+    lost, met = 0, 0
+    for i, growth in enumerate(moments(tries, GROWTH)):
         note = directory / str(i)
-        child = started(calibrate_within, draw.randrange(GROWTH // 64, GROWTH), note)
+        child = started(calibrate_within, int(growth), note)
         child.join()
         said = note.read_text(encoding="utf-8") if note.exists() else ""
         met += said == "refused"

@@ -1,8 +1,8 @@
 """Faults and bad input, many times, and whether anything was lost: the table of docs/reliability.md.
 
     python benchmarks/reliability.py                      # all cases; writes the table into the page
-    python benchmarks/reliability.py --only kill_while_saving --tries 100
-    python benchmarks/reliability.py --quick              # each case twice
+    python benchmarks/reliability.py --only kill_while_saving --tries 100     # and this row of it
+    python benchmarks/reliability.py --quick              # each case twice; the page stays as it is
 
 A case is a function of ``outcome.Case`` in a tuple ``CASES``. Exit status 1 if anything was lost in any of them.
 """
@@ -50,8 +50,8 @@ def main() -> int:
     document = {"when": str(datetime.date.today()), "machine": machine(), "cases": [asdict(o) for o in outcomes]}
     with replacing(settings.json) as temporary:
         temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    if not settings.only and not settings.quick:
-        write_page(outcomes)
+    if not settings.quick:
+        write_page(outcomes, rows_of_page() if settings.only else {})
     return int(any(outcome.lost for outcome in outcomes))
 
 
@@ -87,11 +87,18 @@ def shown(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-def write_page(outcomes: Sequence[Outcome]) -> None:
-    """Put the table between the page's marks."""
-    rows = [f"| {o.name} | {o.tries} | {o.seen} | {o.lost} |" for o in outcomes]
-    head = [f"{datetime.date.today()}, {machine()}:", "", "| fault or input | tries | outcome | lost |"]
-    table = "\n".join([*head, "|---|---:|---|---:|", *rows]) + "\n"
+def rows_of_page() -> dict[str, str]:
+    """The rows that the page has, by their names."""
+    table = PAGE.read_text(encoding="utf-8").partition(MARKS[0])[2].partition(MARKS[1])[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    return {row.split(" | ")[0].removeprefix("| "): row for row in rows}
+
+
+def write_page(outcomes: Sequence[Outcome], rows: dict[str, str]) -> None:
+    """Put the table between the page's marks: the rows, those of the outcomes anew."""
+    rows = rows | {o.name: f"| {o.name} | {o.tries:,} | {o.seen} | {o.lost} |" for o in outcomes}
+    head = [f"Up to {datetime.date.today()}, {machine()}:", "", "| fault or input | tries | outcome | lost |"]
+    table = "\n".join([*head, "|---|---:|---|---:|", *rows.values()]) + "\n"
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
     with replacing(PAGE) as temporary:
         temporary.write_text(before + MARKS[0] + table + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8")

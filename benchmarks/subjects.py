@@ -86,5 +86,8 @@ def build_kernels(library: Path) -> None:
 
 
 def use_kernels(library: Path) -> None:
+    from rana_compile.kernels import ops  # the ops' schemas, which the library implements
+
     torch.ops.load_library(library)
+    assert "linear" in ops.NAMES
     assert torch.ops.rana.linear(torch.ones(1, 8), torch.ones(6, 8), None).sum() == 48

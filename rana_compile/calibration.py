@@ -43,10 +43,7 @@ log = logging.getLogger(__name__)
 SAMPLE_BYTES = 1_000_000_000  # for all samples together
 MAX_SAMPLE_ROWS = 4096
 RECORD_TOKENS = 8192  # for which gradients are computed
-LESS_MEMORY = (
-    "batches of fewer tokens need less, since activations and gradients of one batch are held at a time; so do a model "
-    "in bfloat16 and fewer layers (include, exclude)"
-)
+LESS_MEMORY = "batches of fewer tokens need less (one is held at a time), and so do bfloat16 and fewer layers (include)"
 
 
 def calibrate(

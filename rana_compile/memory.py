@@ -5,7 +5,14 @@ from contextlib import contextmanager
 
 from rana_compile.types import OutOfMemoryError
 
-SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "memoryerror",  # as Dynamo tells of one that it met
+    "bad_alloc",
+)
 
 
 @contextmanager

@@ -143,7 +143,7 @@ class Session:
         self.plan, self.calls, self.seen, self.kept, self.bytes, self.decode_calls = None, [], 0, 0, 0, 0
         self.restarts += 1
         if self.restarts > MAX_RESTARTS:
-            self.stay_dense(f"{reason}, {self.restarts} times now; calibrate when they no longer change")
+            self.stay_dense(f"{reason}, {self.restarts} times now; use rana_compile.calibrate(model, batches)")
         else:
             log.info("rana: %s; calibrating on the next calls", reason)
 

@@ -15,7 +15,12 @@ CPU = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
     "4611686018427387904 bytes. Error code 12 (Cannot allocate memory)"
 )
-ERRORS = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError(), RuntimeError(CPU)]
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    MemoryError(),
+    RuntimeError(CPU),
+    torch._dynamo.exc.InternalTorchDynamoError("MemoryError: std::bad_alloc\n"),
+]
 
 
 def failing(error: Exception) -> Callable[..., Any]:
