@@ -46,7 +46,7 @@ def register() -> None:
         return
     name = f"cpu_{_fingerprint(compiler)}.so"
     ready = wanted_directory() / name  # a read-only one will do
-    if ready.exists():
+    if os.path.exists(ready):  # not Path.exists, which raises where a directory may not be searched
         try:
             return torch.ops.load_library(ready)
         except OSError as error:

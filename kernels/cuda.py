@@ -108,7 +108,7 @@ def gated_up(
     if x.numel() != d or not h:
         return reference.gated_up(x, threshold, gate_weight_t, gate_threshold, up_weight, bias, activation)
     biases = (None, None) if bias is None else bias.chunk(2)
-    gate = masked_linear(x, threshold, gate_weight_t, biases[0])
+    gate = _masked(x, threshold, gate_weight_t, biases[0], waits=True)  # a probe's thresholds were made just before
     up = torch.empty_like(gate)
     block_k = min(1024, triton.next_power_of_2(d))
     block_n = max(1, 4096 // block_k)
@@ -126,6 +126,7 @@ def _masked(
     parts: tuple[int, ...] = (),
     scale: Tensor | None = None,
     activation: str | None = None,
+    waits: bool = False,
 ) -> Tensor:
     """The masked product, one launch or two; with an activation, of gate columns then up columns, combined."""
     _check(z, weight_t, weight_t.shape[0], weight_t.shape[-1], bias)
@@ -139,7 +140,7 @@ def _masked(
     out = z.new_empty((*z.shape[:-1], cols))
     case = Case(rows, d, cols, activation is not None, z.dtype, z.device)
     tile = tuning.tile_for(case, _run)
-    _run(tile, case, z.contiguous(), threshold, weight_t, out, bias, activation or "silu", parts, scale)
+    _run(tile, case, z.contiguous(), threshold, weight_t, out, bias, activation or "silu", parts, scale, waits)
     return out
 
 
@@ -170,7 +171,9 @@ def _run(
     activation: str = "silu",
     parts: tuple[int, ...] = (),
     scale: Tensor | None = None,
+    waits: bool = False,
 ) -> None:
+    """``waits``: thresholds come from the kernel before, so that nothing may begin before it has ended."""
     rows, d, cols, gate = case[:4]
     ld, split = weight_t.stride(0), tile.split
     blocks = _blocks(parts or (weight_t.shape[1],), tile.columns)
@@ -184,7 +187,7 @@ def _run(
     shape = {"PARTS": blocks, "SUMS": apart, "PART": part, "BATCH": rows}
     config = {"BLOCK_N": tile.columns, "DEPTH": tile.depth, "WARPS": tile.warps, "num_warps": tile.warps}
     ahead = tuning.AHEAD if z.is_cuda else 0  # the interpreter knows no assembly
-    _launch(programs.masked_gemv, grid, *args, **shape, **config, AHEAD=ahead)
+    _launch(programs.masked_gemv, grid, *args, waits=waits, **shape, **config, AHEAD=ahead)
     if apart:
         block_n = max(32, min(128, 1024 // split))
         grid = (triton.cdiv(cols, block_n), rows)
@@ -215,13 +218,13 @@ def masked_is_faster(
     return found.masked(density) < found.dense
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> None:
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, waits: bool = False, **config: Any) -> None:
     device = args[0].device
     if device.type != "cuda":  # under the interpreter
         kernel[grid](*args, PDL=False, **config)
         return
     with torch.cuda.device(device):
-        if _overlaps(device):
+        if _overlaps(device) and not waits:
             kernel[grid](*args, PDL=True, launch_pdl=True, **config)
         else:
             kernel[grid](*args, PDL=False, **config)
@@ -250,7 +253,7 @@ def _check(x: Tensor, weight: Tensor, d_in: int, d_out: int, bias: Tensor | None
         )
     if x.shape[-1] != d_in:
         raise RanaError(f"the input has {x.shape[-1]} features, the weight expects {d_in}")
-    if weight.numel() and (weight.stride(1) != 1 or weight.stride(0) < weight.shape[1]):
+    if not weight.is_contiguous():
         raise RanaError("the weight must be contiguous; call .contiguous() on it once")
     if x.dtype != weight.dtype:
         raise RanaError(f"input and weight must share a dtype, got {x.dtype} and {weight.dtype}; convert one of them")

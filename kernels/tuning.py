@@ -23,6 +23,7 @@ from triton.runtime.errors import OutOfResources
 
 from rana_compile.files import replacing
 from rana_compile.kernels.cpu import cache_directory
+from rana_compile.types import WriteError
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +98,7 @@ def measured(case: Case, run: Run) -> Measured:
         found = _read(file)
         if found is None:
             found = _measure(case, run)
-            with replacing(file) as temporary:  # processes may race
-                temporary.write_text(json.dumps(found), encoding="utf-8")
+            _keep(found, file)
         _known[case] = found
     return _known[case]
 
@@ -117,6 +117,14 @@ def _file(case: Case) -> Path:
     name = torch.cuda.get_device_name(case.device)
     of = (name, triton.__version__, torch.__version__, tuple(case)[:-1], CUTS, SPLITS, WARPS, AHEAD)
     return cache_directory() / f"masked_{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.json"
+
+
+def _keep(found: Measured, file: Path) -> None:
+    try:
+        with replacing(file) as temporary:  # processes may race
+            temporary.write_text(json.dumps(found), encoding="utf-8")
+    except WriteError as error:
+        log.warning("%s: measured again by the next process", error)
 
 
 def _read(file: Path) -> Measured | None:

@@ -50,7 +50,7 @@ class SiteInterpreter(fx.Interpreter):
             weights = [self._value(lin.weight) for lin in match.linears]
             biases = [None if lin.bias is None else self._value(lin.bias) for lin in match.linears]
             oriented = match.site.oriented(weights)
-            self._outputs[id(match)] = self._handler(match.site, self.env[match.x], oriented, biases)
+            self._outputs[id(match)] = self._handler(match.site, self._value(match.x), oriented, biases)
         return self._outputs[id(match)][index]
 
     def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:

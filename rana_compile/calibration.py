@@ -159,12 +159,12 @@ def calibration(
     keep = parameter_filter(include, exclude, list(parameters))
     data = as_batches(batches, parameters.device)
     check_vocabulary(model, data)
-    if all("input_ids" in batch for batch in data):  # of other data the recorder knows how many rows a linear sees
-        check_enough(sum(map(rows_of, data)))
     processes.check_same(
         str([rows_of(batch) for batch in data]),
         "the sizes of the batches differ between processes; give each as many batches of the same sizes",
     )
+    if all("input_ids" in batch for batch in data):  # of other data the recorder knows how many rows a linear sees
+        check_enough(processes.count * sum(map(rows_of, data)))
     with naming_remedy(LESS_MEMORY), capturing(model, parameters, keep, separate_gates) as (run, capture):
         with Progress(progress, (1 + 2 * fits) * len(data)) as bar:
             kept = Checkpoint(processes.own(checkpoint)) if isinstance(checkpoint, str | PathLike) else checkpoint
@@ -299,7 +299,11 @@ class Session:
         return lambda site, c: bytes_read(c.option.cost, self._itemsize(site), c.tensors)
 
     def _itemsize(self, site: Site) -> int:
-        return self.parameters[site.weights[0]].dtype.itemsize
+        return self._placed(site.weights[0]).dtype.itemsize
+
+    def _placed(self, name: str) -> Tensor:
+        """The parameter, for its dtype and shape."""
+        return self.parameters.placed(name) if isinstance(self.parameters, Weights) else self.parameters[name]
 
     def _record(self) -> Recorder:
         """Samples and moments of all sites, from one pass with gradients."""
@@ -353,7 +357,10 @@ class Session:
         return max(64, min(rows, MAX_SAMPLE_ROWS // n, SAMPLE_BYTES // max(per_row, 1) // n))
 
     def _evidence(self, site: Site, sample: Sample, recorder: Recorder) -> Evidence:
-        return Evidence(site, SiteWeights(self.parameters, site), sample, recorder.moment(site))
+        if isinstance(self.parameters, Weights) and not self.parameters.has_all:
+            return Evidence(site, SiteWeights(self.parameters, site), sample, recorder.moment(site))
+        weights = site.oriented([self.parameters[name].detach() for name in site.weights])
+        return Evidence(site, weights, sample, recorder.moment(site))
 
     def _mlps(self, found: Found, recorder: Recorder) -> list[Mlp]:
         by_weights = {site.weights: site for site in recorder.samples}
@@ -372,7 +379,7 @@ class Session:
             flops, live = fitted.adapted.flops(site), () if c.family == "dense" else fitted.adapted.live(site)
             digest = weight_hash([self.parameters[name] for name in site.weights])
             sites.append(SitePlan(site, c.family, stored, live, flops / dense_flops(site), c.option.price, digest))
-        dtype = {str(self.parameters[name].dtype) for site in fitted.choice for name in site.weights}
+        dtype = {str(self._placed(name).dtype) for site in fitted.choice for name in site.weights}
         info = {
             "recipe": recipe if isinstance(recipe, str) else getattr(recipe, "__name__", repr(recipe)),
             "budget": {"unit": target.unit, "value": target.value},
@@ -384,7 +391,7 @@ class Session:
             "divergence": fitted.divergence,
         }
         excluded = [s for s in found.skipped if s.name in self.parameters]
-        extra = sum(2 * self.parameters[s.name].numel() for s in excluded if self.parameters[s.name].dim() == 2)
+        extra = sum(2 * self._placed(s.name).numel() for s in excluded if self._placed(s.name).dim() == 2)
         total = float(total_dense_flops(fitted.choice))
         asked = target.value if target.unit == "flops" else sum(c.option.cost for c in fitted.choice.values()) / total
         skipped: tuple[Skipped, ...] = tuple(dict.fromkeys(s for f in self.capture.found for s in f.skipped))

@@ -20,10 +20,10 @@ def check_weights(parameters: Mapping[str, Tensor]) -> None:
             raise ConfigError(
                 f"{name} is sharded over processes (a DTensor); calibrate before fully_shard or parallelize_module"
             )
-        if p.is_meta:
+        if p.is_meta or isinstance(p, torch.nn.parameter.UninitializedTensorMixin):
             raise ConfigError(
-                f"{name} has no values (device 'meta'), and no hook of accelerate would load them: the model was never "
-                "loaded; use from_pretrained, or load_state_dict(..., assign=True)"
+                f"{name} has no values, and no hook of accelerate would load them: the model was never loaded; use "
+                "from_pretrained, or load_state_dict(..., assign=True)"
             )
         if _is_broken(p.detach()):
             raise ConfigError(

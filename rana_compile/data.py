@@ -55,7 +55,8 @@ def _as_batch(batch: Any, index: int, device: torch.device) -> Batch:
             values = {k: v.unsqueeze(0) for k, v in values.items()}
     else:
         values = {"input_ids": _tensor(batch, index, "input_ids")}
-    if not values or any(v.numel() == 0 for v in values.values()):
+    empty = isinstance(batch, Mapping) and len(batch.get("input_ids", (0,))) == 0
+    if empty or not values or any(v.numel() == 0 for v in values.values()):
         raise ConfigError(f"batch {index} is empty; expected tensors with at least one token")
     if "input_ids" in values:
         values["input_ids"] = _token_ids(values, index)
@@ -96,8 +97,9 @@ def _token_ids(values: Batch, index: int) -> Tensor:
 def _is_numeric(value: Any) -> bool:
     """Whether the model gets it: tensors, arrays and lists, but no texts, which a dataset's rows may hold too."""
     if isinstance(value, list):
-        return len(value) > 0 and not isinstance(value[0], str)
-    return hasattr(value, "__array__") and not isinstance(value, str)  # as tensors have
+        return len(value) > 0 and not isinstance(value[0], str | Mapping | None)
+    kind = getattr(getattr(value, "dtype", None), "kind", "")  # of an array: U and S are texts, O anything
+    return hasattr(value, "__array__") and kind not in ("U", "S", "O")  # as tensors have
 
 
 def _split_rows(batch: Batch) -> list[Batch]:

@@ -7,6 +7,7 @@ themselves, each loaded where it is used and free again after it; the backward p
 at a time is in memory, whatever the device map says, and all is computed on one device.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -40,7 +41,7 @@ class Weights(Mapping[str, Tensor]):
         self._model = model
         self._known: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         self._parameters = {place.name: place for place in _elsewhere(model, self.device, nn.Module.named_parameters)}
-        self._names: dict[int, str] = {}  # of stand-ins, by identity
+        self._stand_ins: dict[int, tuple[Tensor, str]] = {}  # by identity: (the stand-in, its name)
         self._loaded: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # by the address of their memory
 
     def __getitem__(self, name: str) -> Tensor:
@@ -50,9 +51,14 @@ class Weights(Mapping[str, Tensor]):
         self._loaded[value.untyped_storage().data_ptr()] = weakref.ref(value), name
         return value
 
-    def device_of(self, name: str) -> torch.device:
-        """Where the parameter is when it is read, which this does not do."""
-        return self.device if name in self._parameters else self._known[name].device
+    @property
+    def has_all(self) -> bool:
+        """Whether all parameters are where the model computes."""
+        return not self._parameters
+
+    def placed(self, name: str) -> Tensor:
+        """The parameter as the model holds it, its dtype and shape at least; nothing is loaded."""
+        return self._known[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._known)
@@ -73,7 +79,7 @@ class Weights(Mapping[str, Tensor]):
         before = [(tensors, name, tensors[name]) for tensors, name in own]
 
         def restore() -> None:
-            self._names.clear()
+            self._stand_ins.clear()
             for tensors, name, tensor in before:
                 tensors[name] = tensor
             for module, forward in forwards.items():
@@ -91,15 +97,18 @@ class Weights(Mapping[str, Tensor]):
             to_the_end(restore)
 
     def _stand_in(self, place: _Place) -> None:
+        """Full of NaN, so that one which is read itself is noticed; one for a module that has several names."""
         p = self._known[place.name]
-        value = torch.zeros((), dtype=p.dtype, device=self.device).expand(p.shape)
-        place.owner._parameters[place.attribute] = stand_in = nn.Parameter(value, requires_grad=False)
-        self._names[id(stand_in)] = place.name
+        if id(place.owner._parameters[place.attribute]) in self._stand_ins:
+            return
+        one = torch.full((), math.nan if p.dtype.is_floating_point else 0, dtype=p.dtype, device=self.device)
+        place.owner._parameters[place.attribute] = stand_in = nn.Parameter(one.expand(p.shape), requires_grad=False)
+        self._stand_ins[id(stand_in)] = stand_in, place.name
 
     def resolved(self, value: Any) -> Any:
         """The weight that a stand-in stands for; anything else as it is."""
-        name = self._names.get(id(value))
-        return value if name is None else self[name]
+        _, name = self._stand_ins.get(id(value), (None, ""))
+        return self[name] if name else value
 
     def loaded_again(self) -> AbstractContextManager[Any]:
         """Meanwhile autograd keeps names of loaded weights, not the weights, and loads them for the backward pass."""
@@ -121,18 +130,16 @@ class Weights(Mapping[str, Tensor]):
 class SiteWeights(Sequence[Tensor]):
     """A site's weights [d_out_i, d_in], read one at a time."""
 
-    def __init__(self, weights: Mapping[str, Tensor], site: Site) -> None:
+    def __init__(self, weights: Weights, site: Site) -> None:
         self._weights, self._site = weights, site
-
-    @property
-    def device(self) -> torch.device:
-        name = self._site.weights[0]
-        return self._weights.device_of(name) if isinstance(self._weights, Weights) else self._weights[name].device
+        self.device = weights.device
 
     def __len__(self) -> int:
         return len(self._site.weights)
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
         return self._site.oriented([self._weights[self._site.weights[index]].detach()])[0]
 
 

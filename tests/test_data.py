@@ -25,8 +25,14 @@ IDS = torch.arange(8).view(1, 8)
         {"input_ids": IDS},
         {"input_ids": IDS[0].tolist(), "text": "a row of a dataset", "words": ["a", "row"], "none": []},
         {"input_ids": IDS.numpy(), "attention_mask": np.ones((1, 8))},
+        {
+            "input_ids": IDS.numpy(),
+            "text": np.array(["words"]),
+            "messages": [{"role": "user"}],
+            "x": [None],
+        },
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_the_same_tokens(batch: Any) -> None:
     for values in as_batches([batch] * 2, CPU):
@@ -69,6 +75,7 @@ def test_one_batch_is_split_into_its_rows() -> None:
         ([IDS.view(2, 2, 2)] * 2, r"shape \(2, 2, 2\)"),
         ([IDS[:, :0]] * 2, "batch 0 is empty"),
         ([{}] * 2, "batch 0 is empty"),
+        ([{"input_ids": [], "labels": IDS}] * 2, "batch 0 is empty"),
         ([{"text": "words only"}] * 2, "batch 0 is empty"),
         ([{"x": torch.tensor([[1.0, torch.nan]])}] * 2, "batch 0 holds NaN in 'x'"),
     ],

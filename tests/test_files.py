@@ -1,12 +1,15 @@
 """A file is there whole or not at all, whatever happens to the disk or to the process that writes it."""
 
 import errno
+import fcntl
 import os
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,6 +113,45 @@ def test_errors_of_the_block_itself_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="gone"), replacing(tmp_path / "file"):
         raise OSError(errno.ENOSPC, "gone")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("when", ["before it is opened", "before it is locked", "while another holds the lock"])
+def test_a_directory_that_another_process_clears_up_is_made_anew(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its making and its lock a directory looks abandoned to others."""
+    taken: list[Path] = []
+
+    def take(directory: str) -> None:
+        if not taken:
+            taken.append(Path(directory))
+            Path(directory).rmdir()
+
+    made, opened, locked = tempfile.mkdtemp, os.open, fcntl.flock
+
+    def mkdtemp(**options: Any) -> str:
+        directory = made(**options)
+        if when == "before it is opened":
+            take(directory)
+        return directory
+
+    def open_(path: Any, flags: int, *rest: Any) -> int:
+        descriptor = opened(path, flags, *rest)
+        if when == "before it is locked" and str(path).endswith(".tmp"):
+            take(path)
+        return descriptor
+
+    def flock(descriptor: int, how: int) -> None:
+        if when == "while another holds the lock" and not taken:
+            taken.append(tmp_path)
+            raise BlockingIOError
+        locked(descriptor, how)
+
+    monkeypatch.setattr("rana_compile.files.tempfile.mkdtemp", mkdtemp)
+    monkeypatch.setattr("rana_compile.files.os.open", open_)
+    monkeypatch.setattr("rana_compile.files.fcntl.flock", flock)
+    write(tmp_path / "file", "new")
+    assert taken and (tmp_path / "file").read_text() == "new"
 
 
 def test_without_locks_writes_go_on_and_nothing_of_others_is_removed(

@@ -156,6 +156,23 @@ def test_a_cache_that_cannot_be_written_is_replaced_and_named_once(
     assert loaded[0] == loaded[1] and loaded[0].is_relative_to(tmp_path)
 
 
+def test_a_cache_that_may_not_be_searched_is_as_good_as_none(
+    compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[Path]
+) -> None:
+    stat = os.stat
+
+    def guarded(path: Any, *args: Any, **options: Any) -> os.stat_result:
+        if "locked" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setenv("RANA_COMPILE_CACHE", str(tmp_path / "locked"))
+    monkeypatch.setattr(cpu, "_usable", lambda path: tmp_path)
+    monkeypatch.setattr("os.stat", guarded)
+    cpu.register()
+    assert [path.parent for path in loaded] == [tmp_path]
+
+
 def test_no_place_to_write_at_all_is_an_error(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")

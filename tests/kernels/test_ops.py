@@ -234,7 +234,8 @@ def test_wrong_arguments_are_errors(op: str, where: str) -> None:
         i for i, a in enumerate(good) if isinstance(a, Tensor) and a.dim() == 2 and a.dtype == good[0].dtype and i
     ]
     for i in weights:
-        for wrong in (good[i].float(), good[i].repeat(2, 2), good[i].t().contiguous().t()):
+        wide = good[i].repeat(1, 2)
+        for wrong in (good[i].float(), wide.repeat(2, 1), good[i].t().contiguous().t(), wide[:, : good[i].shape[1]]):
             with pytest.raises((RuntimeError, RanaError)):
                 run(*good[:i], wrong, *good[i + 1 :])
     others = [i for i, a in enumerate(good) if isinstance(a, Tensor) and i > 0 and i not in weights]
