@@ -68,11 +68,14 @@ def _directory_beside(path: Path) -> Iterator[Path]:
 
 
 def _locked_directory(path: Path) -> tuple[Path, int]:
+    """A new one. Before it is locked another process may take it for abandoned: then there is a next."""
     while True:
         directory = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        lock = os.open(directory, os.O_RDONLY)
-        _lock(lock)
-        if directory.exists():  # else another process took it for abandoned before it was locked
+        try:
+            lock = os.open(directory, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        if _lock(lock) is not False and directory.exists():
             return directory, lock
         os.close(lock)
 
@@ -88,10 +91,12 @@ def _remove_abandoned(path: Path) -> None:
         os.close(lock)
 
 
-def _lock(descriptor: int) -> bool:
-    """Whether this process holds the lock now; not so where another does, or the file system has none."""
+def _lock(descriptor: int) -> bool | None:
+    """Whether this process holds the lock now; False if another does, None where the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
