@@ -1,5 +1,6 @@
 """What faults happen to: tiny models, plans and commands, as functions that a child can run."""
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -39,9 +40,9 @@ def plan_of_layers(budget: float) -> Plan:
 
 
 def save_in_turns(path: Path, first: Path, second: Path) -> None:
-    """For ever."""
-    plans = [Plan.load(first), Plan.load(second)]
-    while True:
+    """Until it is killed, or who started it is gone."""
+    plans, parent = [Plan.load(first), Plan.load(second)], os.getppid()
+    while os.getppid() == parent:
         for plan in plans:
             plan.save(path)
 

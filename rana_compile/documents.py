@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -30,7 +30,9 @@ def save(path: str | os.PathLike[str], key: str, document: Mapping[str, Any], te
     text = json.dumps({**document, "checksum": checksum(document, tensors)}, sort_keys=True)
     with replacing(path) as temporary:
         save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, {key: text})
-        if (size := _header_size(temporary)) > MAX_HEADER:
+        with temporary.open("rb") as file:
+            size = _header_size(file)
+        if size > MAX_HEADER:
             raise RanaError(f"{str(path)!r} would have a header of {size:,} bytes; at most {MAX_HEADER:,} are read")
 
 
@@ -41,14 +43,15 @@ def load(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Any], dict[s
     """
     from safetensors import SafetensorError, safe_open
 
-    if (claimed := _header_size(path)) > MAX_HEADER:
-        raise ValueError(f"its header claims {claimed:,} bytes, more than the {MAX_HEADER:,} that are read")
-    try:
-        with safe_open(str(path), framework="pt") as opened:
-            text = (opened.metadata() or {}).get(key)
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
+    with Path(path).open("rb") as file:
+        if (claimed := _header_size(file)) > MAX_HEADER:
+            raise ValueError(f"its header claims {claimed:,} bytes, more than the {MAX_HEADER:,} that are read")
+        try:  # by its number: by its name header and tensors may be of two files, if it is replaced meanwhile
+            with safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as opened:
+                text = (opened.metadata() or {}).get(key)
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
     if text is None:
         raise ValueError(f"it has no {key!r} in its metadata")
     try:
@@ -86,9 +89,8 @@ def weight_hash(weights: Sequence[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _header_size(path: str | os.PathLike[str]) -> int:
-    with Path(path).open("rb") as file:
-        return int.from_bytes(file.read(8), "little")
+def _header_size(file: BinaryIO) -> int:
+    return int.from_bytes(file.read(8), "little")
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

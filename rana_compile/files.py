@@ -78,13 +78,14 @@ def _directory_beside(path: Path) -> Iterator[Path]:
 
 
 def _locked_directory(path: Path) -> tuple[Path, int]:
+    """A new one. Before it is locked another process may take it for abandoned: then there is a next."""
     while True:
         directory = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         try:
             lock = os.open(directory, os.O_RDONLY)
-        except FileNotFoundError:  # another process took it for abandoned before it was locked
+        except FileNotFoundError:
             continue
-        if _lock(lock) is not False and directory.exists():  # else likewise
+        if _lock(lock) is not False and directory.exists():
             return directory, lock
         os.close(lock)
 
@@ -101,7 +102,7 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Whether this process holds the lock now, or another; None where the file system has none."""
+    """Whether this process holds the lock now; False if another does, None where the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -39,6 +39,25 @@ def test_round_trip(tmp_path: Path) -> None:
         documents.check(document, read)
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in (("file", 3), ("new", 5)):
+        documents.save(tmp_path / name, "key", {"size": size}, {"x": torch.full((size,), float(size))})
+    from_file = torch.UntypedStorage.from_file
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:  # safetensors has read the header, and opens the file again
+        (tmp_path / "new").rename(tmp_path / "file")
+        return from_file(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.UntypedStorage, "from_file", replaced)
+        document, tensors = documents.load(tmp_path / "file", "key")
+    documents.check(document, tensors)
+    assert document["size"] == len(tensors["x"]) == 3
+    assert documents.load(tmp_path / "file", "key")[0]["size"] == 5
+
+
 @pytest.mark.parametrize(
     ("head", "body"),
     [

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from rana_compile import files
 from rana_compile.files import check_writable, replacing
 from rana_compile.types import RanaError, WriteError
 
@@ -104,6 +105,27 @@ def test_a_place_that_cannot_be_written_is_named_beforehand(place: str, tmp_path
 def test_asking_leaves_nothing(tmp_path: Path) -> None:
     check_writable(tmp_path / "new" / "file")
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_directory_that_was_taken_for_abandoned_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another write of the same file begins between making it and locking it: removed, or held to be removed."""
+    made: list[Path] = []
+    held: list[int] = []
+    mkdtemp = files.tempfile.mkdtemp
+
+    def disturbed(**settings: Any) -> str:
+        made.append(Path(mkdtemp(**settings)))
+        if len(made) == 1:
+            made[0].rmdir()
+        if len(made) == 2:
+            held.append(os.open(made[1], os.O_RDONLY))
+            fcntl.flock(held[0], fcntl.LOCK_EX)
+        return str(made[-1])
+
+    monkeypatch.setattr(files.tempfile, "mkdtemp", disturbed)
+    write(tmp_path / "file", "new")
+    os.close(held[0])
+    assert len(made) == 3 and (tmp_path / "file").read_text() == "new"
 
 
 def test_errors_of_the_block_itself_stay_what_they_are(tmp_path: Path) -> None:
