@@ -1,7 +1,9 @@
 """What every test runs under: no network, the same random numbers, no compiled graph left by another test."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +22,8 @@ hypothesis.settings.load_profile("rana")
 
 
 def pytest_configure() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell would ignore it
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 
