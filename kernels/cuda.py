@@ -191,7 +191,7 @@ def _run(
     if apart:
         block_n = max(32, min(128, 1024 // split))
         grid = (triton.cdiv(cols, block_n), rows)
-        shared = {"ACTIVATION": activation if gate else None, "SPLIT": split}
+        shared: dict[str, Any] = {"ACTIVATION": activation if gate else None, "SPLIT": split}
         _launch(programs.add_parts, grid, sums, bias, out, rows, cols, ld, BLOCK_N=block_n, **shared)
 
 

@@ -20,7 +20,7 @@ def check_weights(parameters: Mapping[str, Tensor]) -> None:
             raise ConfigError(
                 f"{name} is sharded over processes (a DTensor); calibrate before fully_shard or parallelize_module"
             )
-        if p.is_meta or isinstance(p, torch.nn.parameter.UninitializedTensorMixin):
+        if p.is_meta or torch.nn.parameter.is_lazy(p):
             raise ConfigError(
                 f"{name} has no values, and no hook of accelerate would load them: the model was never loaded; use "
                 "from_pretrained, or load_state_dict(..., assign=True)"

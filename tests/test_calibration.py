@@ -245,3 +245,8 @@ def test_a_compiled_model_is_calibrated_and_measured_as_it_was_before() -> None:
     assert not torch.allclose(dense, compiled, atol=1e-3)  # inside, the model itself is dense
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids[0]).logits, compiled)  # and compiled again afterwards
+
+
+def test_a_layer_whose_weights_are_yet_to_come_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"0\.weight has no values"):
+        rana_compile.calibrate(nn.Sequential(nn.LazyLinear(64)), [{"input": torch.randn(64, 64)}] * 4, 0.6)
