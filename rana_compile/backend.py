@@ -41,6 +41,7 @@ def rana(
         PlanError: the plan cannot be read or belongs to other weights.
     """
     parsed = BackendOptions.parse(options, mode)
+    _allow_threads()
     gm = expand(gm)
 
     def compile_graph(inputs: Sequence[Any], plan: Plan | None) -> Callable[..., Any]:
@@ -55,6 +56,16 @@ def rana(
     plan = Plan.of(parsed.plan)
     matches = tuple(bind_sites(gm, [entry.site for entry in _chosen(plan, parsed)]))
     return profiled(gm, example_inputs, parsed, compile_graph, (plan, Found(matches, (), ())))
+
+
+def _allow_threads() -> None:
+    """Let several threads call what is compiled.
+
+    Dynamo moves the graph that it took to the front of the list it looks through. A thread that is looking meanwhile
+    misses its own graph and compiles it again; after eight times it runs the model as it was, dense
+    (pytorch/pytorch#123177, #118260). In a list that keeps its order, the graph compiled last first, none is missed.
+    """
+    torch._C._dynamo.eval_frame._set_lru_cache(False)
 
 
 Refresh = list[tuple[Bound, tuple[int, ...]]]  # a bound site and the positions of its weights among the inputs

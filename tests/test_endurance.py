@@ -38,7 +38,7 @@ def test_a_model_that_is_kept_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads_get_the_results_of_one() -> None:
-    outcome = endurance.calling(24)
+    outcome = endurance.calling(400)  # where Dynamo reorders its graphs, 5 to 13 of so many differ
     assert outcome.lost == 0, outcome.seen
 
 
