@@ -65,7 +65,7 @@ def _allow_threads() -> None:
     misses its own graph and compiles it again; after eight times it runs the model as it was, dense
     (pytorch/pytorch#123177, #118260). In a list that keeps its order, the graph compiled last first, none is missed.
     """
-    torch._C._dynamo.eval_frame._set_lru_cache(False)
+    torch._C._dynamo.eval_frame._set_lru_cache(False)  # type: ignore[attr-defined]
 
 
 Refresh = list[tuple[Bound, tuple[int, ...]]]  # a bound site and the positions of its weights among the inputs

@@ -54,11 +54,21 @@ def _explained(path: Path) -> Iterator[None]:
     except RanaError:
         raise
     except (OSError, SafetensorError) as error:
+        if _is_elsewhere(getattr(error, "filename", None), path.parent):  # something else that the block does
+            raise
         reason = getattr(error, "strerror", None) or str(error)
         raise WriteError(
             f"cannot write {str(path)!r}: {reason}; what was there before is untouched. Free space on its disk, or "
             "choose a place that can be written"
         ) from error
+
+
+def _is_elsewhere(name: object, directory: Path) -> bool:
+    """Whether an error's file is neither in the directory nor a directory above it; one without a name may be."""
+    if not isinstance(name, str | bytes | os.PathLike):
+        return False
+    file = Path(os.fsdecode(name))
+    return not file.is_relative_to(directory) and not directory.is_relative_to(file)
 
 
 @contextmanager

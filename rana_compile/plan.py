@@ -142,8 +142,9 @@ class Plan:
         """
         from rana_compile.page import page_of
 
+        page = page_of(self, points, observed)
         with replacing(path) as temporary:
-            temporary.write_text(page_of(self, points, observed), encoding="utf-8")
+            temporary.write_text(page, encoding="utf-8")
 
     def digest(self) -> str:
         """SHA-256 over all that the plan's file would hold: the same for equal plans."""

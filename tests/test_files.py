@@ -68,6 +68,16 @@ def test_a_killed_write_leaves_the_old_file_and_the_next_one_clears_up(tmp_path:
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file": "new", "other": "new"}
 
 
+def test_errors_of_other_files_are_not_errors_of_the_write(tmp_path: Path) -> None:
+    """Such as a compiler that cannot be started: freeing space would not help."""
+    path = tmp_path / "new" / "file"
+    with pytest.raises(FileNotFoundError, match="no-such-program"), replacing(path):
+        subprocess.run(["/no-such-program"], check=True)
+    with pytest.raises(WriteError, match="cannot write"), replacing(path) as temporary:
+        temporary.with_name("directory").joinpath("missing").write_text("")
+    assert list(path.parent.iterdir()) == []
+
+
 def test_a_write_in_progress_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with writer(path, "wait") as process:
