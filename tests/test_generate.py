@@ -49,7 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "static cache": {"cache_implementation": "static"},
     "no cache": {"use_cache": False},
     "beam search": {"num_beams": 3},
-    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3, "eos_token_id": 127},  # transformers 5.0 cannot do without one
 }
 
 
@@ -110,6 +110,12 @@ def test_quantised_cache(monkeypatch: pytest.MonkeyPatch) -> None:
         return generate(model, ids, cache_implementation="quantized", cache_config=config)
 
     expected = generated(run_eagerly(model, plan))
+    stock = copy.deepcopy(model)
+    stock.compile(backend="eager")
+    try:
+        generated(stock)
+    except torch._dynamo.exc.InternalTorchDynamoError as error:
+        pytest.skip(f"Dynamo of torch {torch.__version__} cannot trace this cache, whatever the backend: {error}")
     assert torch.equal(generated(compiled(model, plan)), expected)
     assert not torch.equal(generated(model), expected)
 
