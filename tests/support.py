@@ -22,6 +22,9 @@ needs_sources = pytest.mark.skipif(
 )
 
 
+OLD_DYNAMO = torch.torch_version.TorchVersion(torch.__version__) < (2, 12)
+
+
 def tiny_llama(layers: int = 2, **changes: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import OLD_DYNAMO
 from tiny_models import MODELS, build
 from torch import Tensor, fx, nn
 
@@ -124,6 +125,8 @@ def test_sites_graphs_recompilations_and_numbers(name: str) -> None:
         return gm
 
     expected, dense = run_thrice(model, inputs, backend=stock)
+    if expected.breaks and OLD_DYNAMO:
+        pytest.skip(f"Dynamo of torch {torch.__version__} breaks this model's graph, whatever the backend")
     assert expected.breaks == 0
     found = find_sites(graphs[0])
     assert {m.site.name: m.site.kind for m in found.matches} == EXPECTED[name]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import plan_of, tiny_llama, tokens
+from support import OLD_DYNAMO, plan_of, tiny_llama, tokens
 from torch import Tensor, nn
 
 import rana_compile
@@ -136,6 +136,7 @@ def test_weights_shared_between_layers(rows: int) -> None:
         torch.testing.assert_close(fast(x), exact, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(OLD_DYNAMO, reason="Dynamo of torch 2.11 does not see that a shared parameter's strides changed")
 def test_a_shared_weight_may_be_freed_for_one_layer_and_dense_in_the_other() -> None:
     """The dense layer's kernel wants rows side by side, which the layout of the adapted one does not have."""
     model = Shared()

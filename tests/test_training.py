@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import plan_of, tiny_llama, tokens
+from support import OLD_DYNAMO, plan_of, tiny_llama, tokens
 from tiny_models import build
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -149,9 +149,10 @@ def compile_with(model: nn.Module, plan: Plan | None, **options: Any) -> nn.Modu
 
 def test_loss_curves_of_compiled_and_eager_training_agree(fresh: nn.Module, model: nn.Module, plan: Plan) -> None:
     """Rounding lets a coordinate at its threshold fall either way, rarely in float64, and each step amplifies that."""
+    fresh.set_attn_implementation("eager")  # torch 2.11 mixes dtypes in the other's backward pass
     compiled = train(compile_with(fresh.double(), plan, check_weights=False), 50)
     torch._dynamo.reset()
-    other = tiny_llama(layers=2)
+    other = tiny_llama(layers=2, attn_implementation="eager")
     other.load_state_dict(model.state_dict())
     eager = train(compile_with(other.double(), plan, check_weights=False, compiler="eager"), 50)
     apart = (torch.tensor(compiled) / torch.tensor(eager) - 1).abs()
@@ -329,7 +330,10 @@ def test_selective_checkpointing_is_left_to_pytorch() -> None:
     torch.testing.assert_close(model(x), model.a(x))
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "BERT", "nn.TransformerEncoder"])
+in_one_graph = pytest.mark.skipif(OLD_DYNAMO, reason="Dynamo of torch 2.11 breaks its graph, whatever the backend")
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "BERT", pytest.param("nn.TransformerEncoder", marks=in_one_graph)])
 def test_other_architectures_train(name: str) -> None:
     model, inputs = build(name)
     model.requires_grad_(True).eval()  # dropout off
