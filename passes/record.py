@@ -29,16 +29,24 @@ def flat_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def every_site(site: Site) -> bool:
+    return True
+
+
 class Recorder:
     """Runs sites densely and samples inputs and, in the backward pass, input gradients of each linear.
 
     While ``basis_rows`` is set, rows also count towards the second moments that bases are fitted on; the others stay
     fresh, to price those bases. The model's parameters require no gradient, so autograd records only what follows the
     first site. All sites draw the same rows, so that those of an MLP's sites belong together.
+
+    A second moment takes 4 d_in² bytes, at a 7B model's ``down_proj`` half a gigabyte: ``has_moment`` says which sites
+    need one.
     """
 
-    def __init__(self, capacity: Callable[[], int], seed: int) -> None:
+    def __init__(self, capacity: Callable[[], int], seed: int, has_moment: Callable[[Site], bool] = every_site) -> None:
         self.basis_rows = False
+        self.has_moment = has_moment
         self.samples: dict[Site, Sample] = {}
         self.moments: dict[Site, tuple[Tensor, int]] = {}
         self._capacity = capacity
@@ -61,7 +69,7 @@ class Recorder:
             raise RanaError(
                 f"{site.name}: its input holds NaN or infinity on calibration data; check the model and the data"
             )
-        if self.basis_rows:
+        if self.basis_rows and self.has_moment(site):
             rows = flat_rows(x).detach().float()
             total, seen = self.moments.get(site, (torch.zeros((), device=x.device), 0))
             with torch.autocast(x.device.type, enabled=False):

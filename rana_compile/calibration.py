@@ -22,7 +22,7 @@ from rana_compile.checkpoint import Checkpoint, fingerprint
 from rana_compile.checks import check_vocabulary, check_weights
 from rana_compile.correction import MAX_REFITS, Fitted, Fitter, Problem, Target, thinned
 from rana_compile.data import Batch, as_batches, check_enough, rows_of
-from rana_compile.fitting import Candidate, Evidence
+from rana_compile.fitting import Candidate, Evidence, is_tall
 from rana_compile.flops import bytes_read, dense_flops, total_dense_flops
 from rana_compile.memory import naming_remedy
 from rana_compile.objective import summed_loss
@@ -30,7 +30,7 @@ from rana_compile.offload import SiteWeights, Weights
 from rana_compile.passes.interpret import Capture, Handler, capturing
 from rana_compile.passes.match import Found
 from rana_compile.passes.mlp import hidden_function
-from rana_compile.passes.record import Recorder, dense_handler
+from rana_compile.passes.record import Recorder, dense_handler, every_site
 from rana_compile.plan import Plan, SitePlan, weight_hash
 from rana_compile.processes import ALONE, Processes
 from rana_compile.progress import Progress
@@ -259,7 +259,7 @@ class Session:
         Without ``refit`` thresholds stay as fitted on dense inputs, which shows what refitting them brings.
         """
         check_recipe(recipe, target)
-        recorder = self._record()
+        recorder = self._record(is_tall if isinstance(recipe, str) and recipe in GLOBAL else every_site)
         found = self.capture.found[0]
         evidence = [self._evidence(site, sample, recorder) for site, sample in recorder.samples.items()]
         mlps = self._mlps(found, recorder)
@@ -305,13 +305,13 @@ class Session:
         """The parameter, for its dtype and shape."""
         return self.parameters.placed(name) if isinstance(self.parameters, Weights) else self.parameters[name]
 
-    def _record(self) -> Recorder:
-        """Samples and moments of all sites, from one pass with gradients."""
-        if self._recorder is not None:
+    def _record(self, has_moment: Callable[[Site], bool]) -> Recorder:
+        """Samples of all sites and moments of those that need one, from one pass with gradients."""
+        if self._recorder is not None and self._recorder.has_moment in (has_moment, every_site):
             return self._recorder
         batches = thinned(self.fitting, RECORD_TOKENS)
         rows = sum(map(rows_of, batches))
-        recorder = Recorder(lambda: self._capacity(rows), self.seed)
+        recorder = Recorder(lambda: self._capacity(rows), self.seed, has_moment)
         generator = torch.Generator().manual_seed(self.seed + self._processes.rank)
         done = self._recorded_before(batches, recorder, generator)
         for i, batch in enumerate(batches[done:], done):
@@ -342,7 +342,7 @@ class Session:
         if self._checkpoint is None:
             return 0
         limits = (RECORD_TOKENS, SAMPLE_BYTES, MAX_SAMPLE_ROWS, self.seed, torch.__version__)
-        whose = fingerprint(self.parameters, batches, (*limits, *self._settings))
+        whose = fingerprint(self.parameters, batches, (*limits, recorder.has_moment.__name__, *self._settings))
         done = self._checkpoint.restore(whose, recorder, generator)
         if done:
             self.bar.step(done)

@@ -268,13 +268,18 @@ def _row_scale(activated: Tensor, hidden: Part, tokens: Tensor | None = None) ->
     return (up.square() * weight).mean(0).sqrt()
 
 
+def is_tall(site: Site) -> bool:
+    """Whether rank adapters are offered for a site, and its second moment is needed."""
+    return site.d_out >= TALL * site.d_in
+
+
 def rank_candidates(evidence: Evidence) -> Iterator[Candidate]:
     """Rank adapters (and static low rank, their densest point) over ``RANKS`` × ``DENSITIES``.
 
     What lies outside of the basis, where few tokens made it, counts as one more coordinate that is always dropped.
     """
     site = evidence.site
-    if site.d_out < TALL * site.d_in:
+    if not is_tall(site):
         return
     rows = evidence.sample.fresh[: evidence.sample.rows].to(evidence.device)
     if not rows.any():  # of one batch only: no tokens are left to price the basis on

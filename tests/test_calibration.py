@@ -1,5 +1,7 @@
 """From batches to a plan, on tiny models: budgets met, seeds repeated, the model left as it was."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from support import VOCABULARY, tiny_llama, tokens
@@ -7,6 +9,10 @@ from torch import Tensor, nn
 
 import rana_compile
 from rana_compile import ConfigError, Plan, RanaError
+from rana_compile.calibration import Target, calibration
+from rana_compile.fitting import Candidate, Evidence, dense_candidate
+from rana_compile.recipes import best_rank
+from rana_compile.types import Site
 
 
 def calibrate(model: nn.Module, *args: object, **kwargs: object) -> Plan:
@@ -69,6 +75,22 @@ def test_same_seed_same_plan(model: nn.Module) -> None:
     for x, y in zip(a.sites, b.sites, strict=True):
         assert (x.family, x.live, x.error) == (y.family, y.live, y.error)
         assert all(torch.equal(x.tensors[k], y.tensors[k]) for k in x.tensors)
+
+
+def test_second_moments_are_kept_where_they_are_read(model: nn.Module) -> None:
+    """They take 4 d_in² bytes a site; a session that goes on with a recipe that reads all records anew."""
+    plans = []
+    with calibration(model, tokens(6), progress=False, fits=2) as session:
+        for recipe, of_down in (("auto", False), (best_everywhere, True), ("auto", True)):
+            plans.append(session.fit(Target("flops", 0.6), recipe))
+            kept = {site.kind for site in session._recorder.moments}
+            assert "gate_up" in kept and ("down" in kept) == of_down
+    assert plans[0].digest() == plans[2].digest()
+    assert plans[1].digest() == rana_compile.calibrate(model, tokens(6), 0.6, best_everywhere, progress=False).digest()
+
+
+def best_everywhere(evidence: Sequence[Evidence], mlps: object, share: float) -> dict[Site, Candidate]:
+    return {e.site: best_rank(e, 0.9) if e.site.d_out >= e.site.d_in else dense_candidate(e) for e in evidence}
 
 
 def test_model_is_left_as_it_was() -> None:
