@@ -60,6 +60,8 @@ def load(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Any], dict[s
         raise ValueError("its document is nested too deeply") from None
     if not isinstance(document, dict):
         raise ValueError(f"its document is a {type(document).__name__}, not an object")
+    if json.dumps(document, sort_keys=True) != text:  # such as a last digit that rounds to the same number
+        raise ValueError("its document is not as it was written")
     return document, tensors
 
 
