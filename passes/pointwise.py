@@ -13,7 +13,8 @@ from rana_compile.passes.match import op_name, shape
 
 _DROPOUTS = {"dropout", "dropout_", "feature_dropout", "alpha_dropout"}
 _LOOKUPS = {"embedding", "embedding_bag", "index_select", "size", "interpolate", "cat"}
-_VIEWS = {"getattr", "getitem", "t", "transpose", "permute", "view", "reshape", "expand", "unsqueeze", "squeeze"}
+_TRANSPOSES = {"t", "numpy_T", "mT", "transpose", "permute"}
+_VIEWS = {"getattr", "getitem", "view", "reshape", "expand", "unsqueeze", "squeeze"} | _TRANSPOSES
 _ALIASES = {"to", "float", "half", "bfloat16", "type_as", "contiguous", "clone"}
 
 

@@ -81,7 +81,9 @@ def _is_transpose(node: fx.Node) -> bool:
         return rest in (("T",), ("mT",))
     if name == "permute":
         return rest in ((1, 0), ((1, 0),), ([1, 0],))
-    return name == "t" or (name in ("transpose", "swapaxes") and {d % 2 for d in rest if isinstance(d, int)} == {0, 1})
+    return name in ("t", "numpy_T", "mT") or (
+        name in ("transpose", "swapaxes") and {d % 2 for d in rest if isinstance(d, int)} == {0, 1}
+    )
 
 
 def _dimensions(node: Any) -> int:

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.torch_version import TorchVersion
 
 from rana_compile import testing
 from rana_compile.adapters import FAMILIES, Tensors
@@ -22,7 +24,8 @@ needs_sources = pytest.mark.skipif(
 )
 
 
-OLD_DYNAMO = torch.torch_version.TorchVersion(torch.__version__) < (2, 12)
+OLD_DYNAMO = TorchVersion(torch.__version__) < (2, 12)
+OLD_TRANSFORMERS = TorchVersion(version("transformers")) < (5, 17)
 
 
 def tiny_llama(layers: int = 2, **changes: Any) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import OLD_DYNAMO
+from support import OLD_DYNAMO, OLD_TRANSFORMERS
 from tiny_models import MODELS, build
 from torch import Tensor, fx, nn
 
@@ -110,6 +110,15 @@ NOT_ADAPTED = {  # weights that are reported instead, as (end of the name, reaso
 }
 
 
+OTHERWISE = {  # in transformers before 5.17: modules of other names, or graphs that Dynamo breaks or cannot trace
+    "GPT-NeoX (Pythia)",
+    "Mixtral (experts)",
+    "Qwen 2 MoE (experts)",
+    "ViT",
+    "Whisper",
+}
+
+
 @pytest.fixture(params=MODELS)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -117,6 +126,8 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def test_sites_graphs_recompilations_and_numbers(name: str) -> None:
     """One pass per architecture: tracing it is what takes the time."""
+    if OLD_TRANSFORMERS and name in OTHERWISE:
+        pytest.skip("this version of transformers writes the model otherwise")
     model, inputs = build(name, layers=1)
     graphs: list[fx.GraphModule] = []
 

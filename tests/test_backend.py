@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import plan_of, tiny_llama, tokens
+from support import OLD_DYNAMO, plan_of, tiny_llama, tokens
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -79,6 +79,10 @@ def test_forward_equals_the_formulas(model: nn.Module, which: str, request: pyte
 @pytest.mark.parametrize("cache", ["static", None], ids=["static", "dynamic"])
 @pytest.mark.parametrize("which", ["plan", "rank_plan"])
 def test_generate(model: nn.Module, which: str, cache: str | None, request: pytest.FixtureRequest) -> None:
+    if OLD_DYNAMO and cache is None:
+        pytest.skip(
+            "Inductor of torch 2.11 writes C++ for a growing cache that no compiler takes, of the dense model too"
+        )
     plan = request.getfixturevalue(which)
     prompt = tokens(1, length=7, seed=4)[0]
     expected = generated_eagerly(model, plan, prompt, 12)

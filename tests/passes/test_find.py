@@ -1,5 +1,7 @@
 """Which sites the patterns find, which near misses they refuse, and under which names."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -216,3 +218,25 @@ def test_sites_bind_in_a_part_of_the_model() -> None:
         "model.layers.0.mlp.{gate,up}_proj",
         "model.layers.0.mlp.down_proj",
     }
+
+
+TRANSPOSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "t": Tensor.t,
+    "T": lambda w: w.T,
+    "mT": lambda w: w.mT,
+    "swapaxes": lambda w: w.swapaxes(0, 1),
+    "permute": lambda w: w.permute(1, 0),
+    "numpy_T": torch.ops.aten.numpy_T,
+}
+
+
+@pytest.mark.parametrize("transpose", TRANSPOSES.values(), ids=TRANSPOSES)
+def test_a_product_with_a_transposed_weight_is_a_linear(transpose: Callable[[Tensor], Tensor]) -> None:
+    """``w.T`` is traced as an attribute or, from torch 2.14 on, as ``numpy_T``."""
+
+    class Layer(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ transpose(self.weight)
+
+    (match,) = find_sites(graph_of(nn.Sequential(Layer(8, 4)), torch.randn(3, 8))).matches
+    assert (match.site.name, match.site.d_in, match.site.d_outs, match.site.transposed) == ("0", 8, (4,), False)
