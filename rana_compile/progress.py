@@ -16,11 +16,13 @@ class Progress:
         self._task = self._bar.add_task("starting", total=steps)
 
     def __enter__(self) -> "Progress":
-        self._bar.start()
+        if not self._bar.disable:  # in older versions of rich a hidden bar leaves an empty line
+            self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
-        self._bar.stop()
+        if not self._bar.disable:
+            self._bar.stop()
 
     def say(self, stage: str) -> None:
         self._bar.update(self._task, description=stage)
