@@ -140,7 +140,7 @@ def interrupt_command(tries: int, directory: Path) -> Outcome:
         came += child.exitcode == 130
         said = log.read_text(encoding="utf-8")
         lost += (child.exitcode, said) not in ((130, "rana-compile: interrupted\n"), (0, said))
-    lost += not succeeds(command, log, begun, *arguments) or out.read_bytes() != whole
+    lost += not came or not succeeds(command, log, begun, *arguments) or out.read_bytes() != whole
     return Outcome("Ctrl-C in a shell", tries, lost, f"{came} with status 130 and one line; run again, the same bytes")
 
 

@@ -12,6 +12,7 @@ import datetime
 import json
 import logging
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -39,6 +40,7 @@ console = Console(width=120, highlight=False)
 
 def main() -> int:
     settings = parse_arguments()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a shell's background job would ignore it
     logging.getLogger("rana_compile").setLevel(logging.ERROR)  # warnings are what many cases are made to cause
     chosen = [case for case in CASES if not settings.only or name_of(case) in settings.only]
     outcomes = []
