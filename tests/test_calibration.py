@@ -12,6 +12,7 @@ from rana_compile import ConfigError, Plan, RanaError
 from rana_compile.calibration import Target, calibration
 from rana_compile.fitting import Candidate, Evidence, dense_candidate
 from rana_compile.recipes import best_rank
+from rana_compile.text import sample_windows
 from rana_compile.types import Site
 
 
@@ -57,6 +58,27 @@ def test_papers_recipe(model: nn.Module) -> None:
 def test_papers_recipe_says_when_a_budget_is_out_of_its_reach(model: nn.Module) -> None:
     with pytest.raises(ConfigError, match='use recipe="auto"'):
         calibrate(model, flops_budget=0.3, recipe="rana")
+    with pytest.raises(ConfigError, match=r"keeps \d+\.\d% of the included FLOPs dense"):
+        calibrate(model, flops_budget=0.1, recipe="rana")
+
+
+def test_a_group_without_processes(model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="call init_process_group first"):
+        rana_compile.calibrate(model, tokens(4), 0.6, group=object(), progress=False)
+
+
+def test_a_model_that_returns_no_tensor() -> None:
+    class Named(nn.Linear):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"y": super().forward(x)}
+
+    with pytest.raises(ConfigError, match="returned a dict; expected logits, a hidden state or a tensor"):
+        rana_compile.calibrate(Named(64, 64), [{"x": torch.randn(8, 64)} for _ in range(4)], 0.6, progress=False)
+
+
+def test_too_little_text_for_the_windows_asked_for() -> None:
+    with pytest.raises(ConfigError, match="has 2 windows of 4 tokens; 9 were asked for"):
+        sample_windows(lambda text, **settings: {"input_ids": [1, 2, 3]}, ["a", "b", "c"], 4, 9)
 
 
 def test_include_and_exclude(model: nn.Module) -> None:

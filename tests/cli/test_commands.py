@@ -98,6 +98,15 @@ def test_graph_without_a_plan_and_of_no_module(
     assert status == 2 and "no module 'model.layers.9'" in found["error"]
 
 
+def test_a_sweep_that_reaches_no_budget(model_directory: Path, text: Path, tmp_path: Path, document: Any) -> None:
+    status, found = document(
+        "sweep", model_directory, "--text", text, *SMALL, "--test-tokens", 64, "--recipe", "rana",
+        "--budgets", 0.05, 0.1, "-o", tmp_path,
+    )  # fmt: skip
+    assert status == 2 and "no budget can be reached: 10%: " in found["error"]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_sweep_measures_a_plan_for_each_budget(
     model_directory: Path, text: Path, tmp_path: Path, document: Any
 ) -> None:
