@@ -63,9 +63,10 @@ def _allow_threads() -> None:
 
     Dynamo moves the graph that it took to the front of the list it looks through. A thread that is looking meanwhile
     misses its own graph and compiles it again; after eight times it runs the model as it was, dense
-    (pytorch/pytorch#123177, #118260). In a list that keeps its order, the graph compiled last first, none is missed.
+    (pytorch/pytorch#123177, #118260). A list that keeps its order is looked through from the oldest graph on.
     """
-    torch._C._dynamo.eval_frame._set_lru_cache(False)  # type: ignore[attr-defined]
+    if (reorder := getattr(torch._C._dynamo.eval_frame, "_set_lru_cache", None)) is not None:
+        reorder(False)
 
 
 Refresh = list[tuple[Bound, tuple[int, ...]]]  # a bound site and the positions of its weights among the inputs

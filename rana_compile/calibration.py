@@ -309,6 +309,7 @@ class Session:
         """Samples of all sites and moments of those that need one, from one pass with gradients."""
         if self._recorder is not None and self._recorder.has_moment in (has_moment, every_site):
             return self._recorder
+        self._recorder = None  # before there is another: samples and moments are gigabytes
         batches = thinned(self.fitting, RECORD_TOKENS)
         rows = sum(map(rows_of, batches))
         recorder = Recorder(lambda: self._capacity(rows), self.seed, has_moment)

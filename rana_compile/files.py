@@ -64,11 +64,15 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _is_elsewhere(name: object, directory: Path) -> bool:
-    """Whether an error's file is neither in the directory nor a directory above it; one without a name may be."""
+    """Whether an error's file is neither in the directory nor a directory above it; one without a name may be.
+
+    A name without a directory is that of a program, or of a directory to make.
+    """
     if not isinstance(name, str | bytes | os.PathLike):
         return False
-    file = Path(os.fsdecode(name))
-    return not file.is_relative_to(directory) and not directory.is_relative_to(file)
+    file, place = Path(os.path.abspath(os.fsdecode(name))), Path(os.path.abspath(directory))
+    inside = bool(os.path.dirname(os.fsdecode(name))) and file.is_relative_to(place)
+    return not inside and not place.is_relative_to(file)
 
 
 @contextmanager

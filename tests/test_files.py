@@ -78,6 +78,25 @@ def test_errors_of_other_files_are_not_errors_of_the_write(tmp_path: Path) -> No
     assert list(path.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["taken", "new/../taken", "./taken"])
+def test_a_relative_place_that_cannot_be_written(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python 3.12 on temporary directories have absolute names, whatever they were asked for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken" / "by").mkdir(parents=True)
+    (tmp_path / "new").mkdir()
+    with pytest.raises(WriteError, match="cannot write"):
+        write(Path(name), "text")
+    with pytest.raises(WriteError, match="cannot write"):
+        raise_inside(Path(name), PermissionError(13, "no", str(tmp_path / f".{Path(name).name}.x.tmp" / "file")))
+    with pytest.raises(FileNotFoundError):
+        raise_inside(Path(name), FileNotFoundError(2, "no such program", "gcc"))
+
+
+def raise_inside(path: Path, error: OSError) -> None:
+    with replacing(path):
+        raise error
+
+
 def test_a_write_in_progress_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with writer(path, "wait") as process:

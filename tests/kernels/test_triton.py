@@ -159,7 +159,10 @@ def test_masked_gemv_compiles_without_spills(rows: int, dtype: str, architecture
 
     from rana_compile.kernels.tuning import AHEAD, CUTS, Tile
 
-    newer = rows == 2 and dtype == "fp32" and torch.torch_version.TorchVersion(triton.__version__) >= (3, 8)
+    newer = (rows, dtype, architecture) == (2, "fp32", 90) and torch.torch_version.TorchVersion(triton.__version__) >= (
+        3,
+        8,
+    )
     for tile in (Tile(*cut, 8) for cut in CUTS):
         blocks = ((0, 0, 4096), (32, 4096, 5120), (40, 5120, 6144))
         constants = {"PARTS": blocks, "SUMS": True, "PART": 512, "BATCH": rows, "AHEAD": AHEAD}
@@ -168,7 +171,7 @@ def test_masked_gemv_compiles_without_spills(rows: int, dtype: str, architecture
         assert_no_spills(
             machine_code(architecture, "masked_gemv", types, dtype, tile.warps, **constants, **shape),
             tmp_path,
-            stack=16 if newer else 0,  # of 3.8, which takes all 128 registers, on Hopper
+            stack=16 if newer else 0,  # of Triton 3.8, which takes all 128 registers
         )
 
 
