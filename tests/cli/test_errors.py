@@ -1,6 +1,7 @@
 """Wrong input: the exit status says so, one line says what, and there is no traceback."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def test_the_parser_is_made_without_torch() -> None:
         (["calibrate", "{model}", "--text", "{text}", "--length", "99999", "-o", "{out}"], "fewer than 99999 tokens"),
         (["calibrate", "{model}", "--text", "{text}", "--flops-budget", "1.5", "-o", "{out}"], "a share in (0, 1]"),
         (["calibrate", "{model}", "--text", "{text}", "--length", "32", "--exclude", "typo", "-o", "{out}"], "typo"),
+        (["explain", "{bare}"], "holds a model, but no tokenizer that can be read; put one beside it"),
         (["show", "{none}"], "no plan at"),
         (["show", "{text}"], "not a readable plan"),
         (["show", "{plan}", "--model", "{model}"], "give --html FILE too"),
@@ -51,8 +53,9 @@ def test_bad_input_is_status_two_and_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     (tmp_path / "empty").mkdir()
+    shutil.copytree(model_directory, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*"))
     places = {"model": model_directory, "text": text, "plan": plan, "none": tmp_path / "none"}
-    places |= {"empty": tmp_path / "empty", "out": tmp_path / "out"}
+    places |= {"empty": tmp_path / "empty", "bare": tmp_path / "bare", "out": tmp_path / "out"}
     capsys.readouterr()
     assert run_cli(*(a.format(**places) for a in arguments), "--json") == 2
     captured = capsys.readouterr()
