@@ -1,6 +1,5 @@
 """MODEL as users name it, a directory, a hub name or a GGUF file, → a causal language model and its tokenizer."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,15 @@ def load_causal(
     own = "gguf_file" in extra and (Path(place) / "tokenizer.json").exists()
     try:
         model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **extra)
-        tokenizer = _tokenizer(name, lambda: AutoTokenizer.from_pretrained(place, **({} if own else extra)))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, **({} if own else extra))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{str(name)!r} holds a model, but no tokenizer that can be read; put one beside it with "
+                f"tokenizer.save_pretrained ({' '.join(str(error).split())})"
+            ) from error
+    except RanaError:
+        raise
     except ImportError as error:
         raise RanaError(f"{name}: {error}; for GGUF files: pip install 'rana-compile[gguf]'") from error
     except (OSError, ValueError) as error:
@@ -43,17 +50,6 @@ def load_causal(
         for name in ("hf_quantizer", "quantization_method", "is_quantized"):
             vars(model).pop(name, None)
     return model.eval().requires_grad_(False).to(device), tokenizer
-
-
-def _tokenizer(name: str | Path, load: Callable[[], Any]) -> Any:
-    try:
-        return load()
-    except (OSError, ValueError) as error:
-        words = " ".join(str(error).split())
-        raise ConfigError(
-            f"{str(name)!r} holds a model, but no tokenizer that can be read; put one beside it with "
-            f"tokenizer.save_pretrained ({words})"
-        ) from error
 
 
 def _place(name: str | Path) -> tuple[str, dict[str, str]]:

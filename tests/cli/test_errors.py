@@ -37,7 +37,7 @@ def test_the_parser_is_made_without_torch() -> None:
         (["calibrate", "{model}", "--text", "{text}", "--length", "99999", "-o", "{out}"], "fewer than 99999 tokens"),
         (["calibrate", "{model}", "--text", "{text}", "--flops-budget", "1.5", "-o", "{out}"], "a share in (0, 1]"),
         (["calibrate", "{model}", "--text", "{text}", "--length", "32", "--exclude", "typo", "-o", "{out}"], "typo"),
-        (["explain", "{bare}"], "holds a model, but no tokenizer that can be read; put one beside it"),
+        (["explain", "{bare}"], "'{bare}' holds a model, but no tokenizer that can be read; put one beside it"),
         (["show", "{none}"], "no plan at"),
         (["show", "{text}"], "not a readable plan"),
         (["show", "{plan}", "--model", "{model}"], "give --html FILE too"),
@@ -60,7 +60,8 @@ def test_bad_input_is_status_two_and_one_line(
     assert run_cli(*(a.format(**places) for a in arguments), "--json") == 2
     captured = capsys.readouterr()
     document = json.loads(captured.out)
-    assert document["status"] == 2 and words in document["error"]
+    assert document["status"] == 2 and words.format(**places) in document["error"]
+    assert document["error"].count(words.format(**places)[:12]) == 1  # not inside another error
     assert "Traceback" not in captured.err and "rana-compile: " in captured.err
 
 
