@@ -34,9 +34,9 @@ from rana_compile.passes.record import Recorder, dense_handler, every_site
 from rana_compile.plan import Plan, SitePlan, weight_hash
 from rana_compile.processes import ALONE, Processes
 from rana_compile.progress import Progress
-from rana_compile.recipes import DIRECT, GLOBAL, RECIPES, SEPARATE_GATES, Measure, Mlp, Recipe
+from rana_compile.recipes import DIRECT, GLOBAL, SEPARATE_GATES, Measure, Mlp, Recipe, check_recipe
 from rana_compile.statistics import Sample
-from rana_compile.types import ConfigError, RanaError, Site, Skipped, parameter_filter
+from rana_compile.types import RanaError, Site, Skipped, parameter_filter
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def calibrate(
         RanaError: nothing to adapt, or non-finite activations.
     """
     target = Target.of(flops_budget, bytes_budget, max_loss_increase)
-    check_recipe(recipe, target)
+    check_recipe(recipe, target.unit)
     separate = isinstance(recipe, str) and recipe in SEPARATE_GATES
     with calibration(
         model, batches, include, exclude, seed, progress, separate, checkpoint=checkpoint, group=group
@@ -223,13 +223,6 @@ def split_held_back(data: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     return [batch for i, batch in enumerate(data) if i % 4 != 3 and batch is not held_back[-1]], held_back
 
 
-def check_recipe(recipe: str | Recipe, target: Target) -> None:
-    if recipe not in RECIPES if isinstance(recipe, str) else not callable(recipe):
-        raise ConfigError(f"unknown recipe {recipe!r}; known recipes: {', '.join(RECIPES)}, or a callable")
-    if target.unit != "flops" and recipe not in GLOBAL:
-        raise ConfigError(f"this recipe takes flops_budget only; {target.unit} needs one of {', '.join(GLOBAL)}")
-
-
 class Session:
     """One calibration: the data, and what was recorded of it. ``found`` holds sites, MLPs and what was skipped."""
 
@@ -258,7 +251,7 @@ class Session:
 
         Without ``refit`` thresholds stay as fitted on dense inputs, which shows what refitting them brings.
         """
-        check_recipe(recipe, target)
+        check_recipe(recipe, target.unit)
         recorder = self._record(is_tall if isinstance(recipe, str) and recipe in GLOBAL else every_site)
         found = self.capture.found[0]
         evidence = [self._evidence(site, sample, recorder) for site, sample in recorder.samples.items()]

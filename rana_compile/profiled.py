@@ -18,7 +18,6 @@ from torch._guards import CompileContext, TracingContext, compile_context, traci
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rana_compile.binding import Stamp, stamp
-from rana_compile.calibration import check_recipe
 from rana_compile.config import BackendOptions
 from rana_compile.correction import Target
 from rana_compile.passes.find import bind_sites, find_sites
@@ -28,7 +27,7 @@ from rana_compile.passes.names import source_name, used_name
 from rana_compile.passes.products import products
 from rana_compile.passes.replay import Output, Replay
 from rana_compile.plan import Plan
-from rana_compile.recipes import SEPARATE_GATES
+from rana_compile.recipes import SEPARATE_GATES, check_recipe
 from rana_compile.self_calibration import session_of
 from rana_compile.types import OutOfMemoryError, PlanError, RanaError, parameter_filter
 
@@ -61,7 +60,7 @@ def profiled(
 
 
 def _found(gm: fx.GraphModule, options: BackendOptions) -> Found:
-    check_recipe(options.recipe, Target.of(options.flops_budget, None, None))
+    check_recipe(options.recipe, Target.of(options.flops_budget, None, None).unit)
     nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
     names = [*map(source_name, nodes), *(used_name(p.node, p.weight) for p in products(gm.graph))]
     keep = parameter_filter(options.include, options.exclude, [name for name in names if name])

@@ -5,7 +5,7 @@ A recipe either offers candidates, among which one global allocation chooses (``
 
 ``auto``    every family competes at every site under the same allocation: the best we have.
 ``neuron``  neuron adapters everywhere, loss-aware thresholds, the same allocation.
-``rana``    the paper's (METHOD.md, algorithms 1–3): uniform ratio, rank adapters judged by retained energy,
+``rana``    the paper's (algorithms 1–3): uniform ratio, rank adapters judged by retained energy,
             MLP budgets split by the error of the MLP's output, o_proj and lm_head dense.
 """
 
@@ -202,3 +202,11 @@ GLOBAL: dict[str, Callable[[Sequence[Evidence], Sequence[Mlp], float], Candidate
 DIRECT: dict[str, Recipe] = {"rana": rana_recipe}
 RECIPES = (*GLOBAL, *DIRECT)
 SEPARATE_GATES = frozenset({"rana"})  # recipes that take gate and up as sites of their own
+
+
+def check_recipe(recipe: str | Recipe, unit: str) -> None:
+    """Raises ConfigError unless there is such a recipe and it takes budgets in this unit (``Target.unit``)."""
+    if recipe not in RECIPES if isinstance(recipe, str) else not callable(recipe):
+        raise ConfigError(f"unknown recipe {recipe!r}; known recipes: {', '.join(RECIPES)}, or a callable")
+    if unit != "flops" and recipe not in GLOBAL:
+        raise ConfigError(f"this recipe takes flops_budget only; {unit} needs one of {', '.join(GLOBAL)}")

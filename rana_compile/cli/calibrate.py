@@ -4,20 +4,20 @@ import argparse
 import time
 from pathlib import Path
 
-from rana_compile.calibration import calibration, check_recipe
+from rana_compile.calibration import calibration
 from rana_compile.checkpoint import Checkpoint
 from rana_compile.cli.inputs import load, windows
 from rana_compile.cli.screen import Screen
 from rana_compile.correction import Target
 from rana_compile.files import check_writable
 from rana_compile.plan import IN_DIRECTORY, Plan
-from rana_compile.recipes import SEPARATE_GATES
+from rana_compile.recipes import SEPARATE_GATES, check_recipe
 from rana_compile.report import totals
 
 
 def run(settings: argparse.Namespace, screen: Screen) -> int:
     target = Target.of(settings.flops_budget, settings.bytes_budget, settings.max_loss_increase)
-    check_recipe(settings.recipe, target)
+    check_recipe(settings.recipe, target.unit)
     out: Path = settings.out / IN_DIRECTORY if settings.out.is_dir() else settings.out
     recording = out.with_name(out.name + ".recording")
     if settings.no_resume:
