@@ -28,6 +28,7 @@ part() { # name, seconds, command...
 run() { # a part by its name
     case "$1" in
     tests)
+        part devices 100 python3 -m pytest tests/test_determinism.py -k two_devices -q -p no:cacheprovider
         part tests 400 "${PYTEST[@]}" -n 6
         ;;
     memcheck)
@@ -52,7 +53,7 @@ run() { # a part by its name
             tasks+=($!)
         done
         part decode-7b 570 "${DECODE[@]}" "${TURNS[@]}" --model llama-2-7b --layers "${LAYERS:-32}" \
-            --calibration-tokens 1024 "${FASTEST[@]}" &
+            --calibration-tokens 1024 --inductor triton.enable_pdl=1 &
         tasks+=($!)
         part decode-8b 570 "${DECODE[@]}" "${TURNS[@]}" --model llama-3-8b --layers 4 --calibration-tokens 1024 \
             "${FASTEST[@]}" &

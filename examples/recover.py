@@ -1,7 +1,8 @@
 """Win back quality that the adapters cost: train the adapted model towards the dense one, with the masks on.
 
-    python examples/recover.py --text prose.txt --minutes 20
+    python examples/recover.py --text prose.txt manual.txt --minutes 20 --autocast
 
+Text of several subjects matters more than anything else: what comes back on one subject hardly comes back on another.
 The loss is the divergence from the dense model's distribution and a tenth of the text's own. Every few minutes the
 thresholds are fitted to the weights as they are by then, so that the cost stays what was asked for. A killed run goes
 on where it was; ``--out`` then holds the trained model and its plan, as ``from_pretrained`` and the backend take them.
@@ -75,10 +76,11 @@ class Recovery:
             group["lr"] = self.args.lr * min(done / WARM_UP, 1.0, (1.02 - done) / (1 - WARM_UP))
         total = 0.0
         for window in self._drawn():
-            with torch.no_grad():
-                target = self.teacher(input_ids=window, use_cache=False).logits.log_softmax(-1)
-            logits = self.model(input_ids=window, use_cache=False).logits.float()
-            log_p = logits.log_softmax(-1)
+            with torch.autocast(window.device.type, torch.bfloat16, enabled=self.args.autocast):
+                with torch.no_grad():
+                    dense = self.teacher(input_ids=window, use_cache=False).logits
+                logits = self.model(input_ids=window, use_cache=False).logits
+            target, log_p = dense.float().log_softmax(-1), logits.float().log_softmax(-1)
             apart = F.kl_div(log_p, target, log_target=True, reduction="sum") / window.numel()
             own = F.nll_loss(log_p[0, :-1], window[0, 1:])
             loss = ((1 - LANGUAGE_LOSS) * apart + LANGUAGE_LOSS * own) / self.args.batch
@@ -140,6 +142,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2, help="windows of a step")
     parser.add_argument("--eval-windows", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--autocast", action="store_true", help="products in bfloat16; weights and sums stay float32")
     parser.add_argument("--out", type=Path, default=Path("recovered"))
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""Build the C++ kernels once per machine and load them.
+"""Build the C++ kernels once per machine and load them; whether they pay is measured once per shape.
 
 The library lies in a cache directory under a name that hashes everything it depends on (source, PyTorch,
 compiler, processor flags); it is compiled to a temporary name and renamed, so that processes may race and the next
@@ -13,24 +13,33 @@ import os
 import platform
 import shlex
 import shutil
+import statistics
 import subprocess
 import tempfile
+import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from rana_compile.files import check_writable, replacing
 from rana_compile.kernels import reference
+from rana_compile.kernels.measured import Measured, kept
 from rana_compile.kernels.ops import LIBRARY, NAMES
 from rana_compile.types import RanaError, WriteError
 
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
+HEADERS = tuple(SOURCE.with_name(name) for name in ("cpu_products.h", "cpu_vector.h"))
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", "-std=c++20")
 ROOM = 1 << 21  # bytes that the library may take
+MAX_ROWS = 16  # input rows that share one pass over the weight
+SMALL = 2**16  # bytes of a weight below which calls, not bytes, are what costs
+BEYOND_CACHES = 2**27  # bytes of weights that take turns
 
 
 def register() -> None:
@@ -54,9 +63,61 @@ def register() -> None:
     torch.ops.load_library(build(compiler, cache_directory() / name))
 
 
-def masked_is_faster(rows: int, *_: Any) -> bool:
-    """Whether the masked kernel is taken: for one row. More rows are not measured on CPU."""
-    return rows == 1
+def linear_is_faster(rows: int, d: int, d_out: int, dtype: torch.dtype) -> bool:
+    """Whether the dense kernel beats the library's product."""
+    return _is_faster("linear", rows, d, d_out, 1.0, dtype)
+
+
+def masked_is_faster(
+    rows: int, d: int, d_out: int, density: float, dtype: torch.dtype, device: torch.device, gated: bool
+) -> bool:
+    """Whether the masked kernel, with this share of the coordinates live in some row, beats the library's product."""
+    return _is_faster("masked_linear", rows, d, d_out, density, dtype)
+
+
+def _is_faster(op: str, rows: int, d: int, d_out: int, density: float, dtype: torch.dtype) -> bool:
+    compiler = find_compiler()
+    if rows > MAX_ROWS or d * d_out * dtype.itemsize < SMALL or compiler is None:
+        return rows == 1
+    found = _measured(op, rows, d, d_out, dtype, torch.get_num_threads(), compiler)
+    return found.masked(density) < found.dense
+
+
+@cache
+def _measured(op: str, rows: int, d: int, d_out: int, dtype: torch.dtype, threads: int, compiler: str) -> Measured:
+    of = repr((_fingerprint(compiler), op, rows, d, d_out, dtype, threads))
+    file = cache_directory() / f"{op}_{hashlib.sha256(of.encode()).hexdigest()[:16]}.json"
+    return kept(file, lambda: _measure(op, rows, d, d_out, dtype))
+
+
+def _measure(op: str, rows: int, d: int, d_out: int, dtype: torch.dtype) -> Measured:
+    """In turns, on weights that take turns too, so that no cache holds them; of a wide weight on a part."""
+    log.info("measuring %s for %d rows, %d×%d, %s", op, rows, d, d_out, dtype)
+    cols = min(d_out, BEYOND_CACHES // (d * dtype.itemsize))
+    own = torch.Generator().manual_seed(0)
+    first = torch.randn(d, cols, generator=own).to(dtype)
+    copies = min(64, -(-BEYOND_CACHES // (d * cols * dtype.itemsize)))
+    weights = [first, *(first.clone() for _ in range(copies - 1))]
+    z = torch.randn(rows, d, generator=own).to(dtype)
+
+    def masked(threshold: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda weight: torch.ops.rana.masked_linear(z, threshold, weight, None)
+
+    half = torch.where(torch.rand(d, generator=own) < 0.5, 0.0, torch.inf)  # for every input
+    ours = [lambda weight: torch.ops.rana.linear(z, weight.view(cols, d), None)]
+    if op == "masked_linear":
+        ours = [masked(half), masked(torch.zeros(d))]
+    calls = [*ours, lambda weight: F.linear(z, weight.view(cols, d))]
+    times: list[list[float]] = [[] for _ in calls]
+    with torch.no_grad():
+        for _ in range(6):
+            for call, each in zip(calls, times, strict=True):
+                begin = time.perf_counter()
+                for i in range(max(8, copies)):
+                    call(weights[i % copies])
+                each.append((time.perf_counter() - begin) * 1e6 / max(8, copies) * d_out / cols)
+    *found, dense = (statistics.median(each[1:]) for each in times)
+    return Measured((), found[0], found[-1], dense)
 
 
 def find_compiler() -> str | None:
@@ -134,7 +195,8 @@ def _torch_flags() -> list[str]:
 def _fingerprint(compiler: str) -> str:
     """Hash of what the library depends on, the processor ``-march=native`` stands for included."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = (SOURCE.read_text(), torch.__version__, version, " ".join(_flags()), platform.machine(), _processor())
+    sources = "".join(file.read_text() for file in (SOURCE, *HEADERS))
+    parts = (sources, torch.__version__, version, " ".join(_flags()), platform.machine(), _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

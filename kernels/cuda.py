@@ -186,8 +186,10 @@ def _run(
     args = (z, threshold, scale, weight_t, bias, sums, entries, d, ld)
     shape = {"PARTS": blocks, "SUMS": apart, "PART": part, "BATCH": rows}
     config = {"BLOCK_N": tile.columns, "DEPTH": tile.depth, "WARPS": tile.warps, "num_warps": tile.warps}
-    ahead = tuning.AHEAD if z.is_cuda else 0  # the interpreter knows no assembly
-    _launch(programs.masked_gemv, grid, *args, waits=waits, **shape, **config, AHEAD=ahead)
+    ahead = {"EARLY": 0, "AHEAD": 0}  # the interpreter knows no assembly
+    if z.is_cuda:
+        ahead = {"EARLY": tuning.early_rows(grid[0] * split, tile.columns * z.itemsize, part), "AHEAD": tuning.AHEAD}
+    _launch(programs.masked_gemv, grid, *args, waits=waits, **shape, **config, **ahead)
     if apart:
         block_n = max(32, min(128, 1024 // split))
         grid = (triton.cdiv(cols, block_n), rows)
@@ -204,6 +206,11 @@ def _blocks(parts: tuple[int, ...], columns: int) -> tuple[tuple[int, int, int],
         block += triton.cdiv(part, columns)
         column += part
     return tuple(found)
+
+
+def linear_is_faster(rows: int, *_: Any) -> bool:
+    """Whether the dense kernel beats the library's product: for one row, 1.1 to 1.8 times (docs/speed.md)."""
+    return rows == 1
 
 
 def masked_is_faster(

@@ -93,6 +93,14 @@ def is_supported(device_type: str) -> bool:
     return device_type in _LOADERS
 
 
+def linear_is_faster(rows: int, d: int, d_out: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the dense kernel beats the library's product of x [rows, d] and weight [d_out, d] on this device."""
+    if dtype not in DTYPES or not is_supported(device.type) or not 0 < rows:
+        return False
+    load(device.type)
+    return bool(import_module(_LOADERS[device.type]).linear_is_faster(rows, d, d_out, dtype))
+
+
 def masked_is_faster(
     rows: int, d: int, d_out: int, density: float, dtype: torch.dtype, device: torch.device, gated: bool = False
 ) -> bool:

@@ -69,18 +69,30 @@ def _prefetch(at, wanted):
 
 
 @triton.jit
+def _prefetch_first(block, ld, begin, end, COUNT: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr):
+    """LINES cache lines of each of the COUNT first rows, those before ``end``."""
+    if COUNT:
+        row = begin + tl.arange(0, COUNT)
+        lines = block + row.to(tl.int64)[:, None] * ld + tl.arange(0, LINES)[None, :] * LINE
+        _prefetch(lines, tl.broadcast_to(row[:, None] < end, [COUNT, LINES]))
+
+
+@triton.jit
 def _list_live(
     z, threshold, scale, entries, block, d, ld, begin, end, masks,
     PART: tl.constexpr, BATCH: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_N: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """The coordinates of [begin, end) that some row keeps -> entries [BATCH, PART]; returns how many.
 
     An entry is a coordinate's number (low half) and the float32 bits of a row's value, zero where only another row
     keeps it. NaN is kept. The list is in memory since Triton cannot scatter to shared memory; it stays in the caches.
-    Live rows of ``block`` among the first AHEAD are on their way to the cache while the list is made.
+    While the kernel before still runs, and the memory idles, the first EARLY rows of ``block`` are sent for, live or
+    not; while the list is made, the live ones of the first AHEAD.
     """
     LINE: tl.constexpr = 1024 // block.dtype.element_ty.primitive_bitwidth  # elements of a cache line
+    LINES: tl.constexpr = triton.cdiv(BLOCK_N, LINE)
+    SENT: tl.constexpr = EARLY if PDL else 0
     CHUNK: tl.constexpr = min(triton.next_power_of_2(PART), WARPS * 256)
     CHUNKS: tl.constexpr = triton.cdiv(PART, CHUNK)
     places = begin + tl.arange(0, CHUNK)
@@ -88,7 +100,8 @@ def _list_live(
     for c in tl.static_range(CHUNKS):
         k = places + c * CHUNK
         thresholds = thresholds + (tl.load(threshold + k, mask=k < end, other=float("inf")),)
-    if PDL:  # the thresholds do not come from the kernel before
+    _prefetch_first(block, ld, begin, end, SENT, LINES, LINE)
+    if PDL:  # neither thresholds nor weights come from the kernel before
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     for c in tl.static_range(CHUNKS):
@@ -104,8 +117,9 @@ def _list_live(
             values = values + (v,)
             live = live | (v != 0.0)
         if c * CHUNK < AHEAD:
-            for line in tl.static_range(triton.cdiv(BLOCK_N, LINE)):
-                _prefetch(block + k.to(tl.int64) * ld + line * LINE, live & (k < begin + AHEAD))
+            for line in tl.static_range(LINES):
+                wanted = live & (k >= begin + SENT) & (k < begin + AHEAD)
+                _prefetch(block + k.to(tl.int64) * ld + line * LINE, wanted)
         at = entries + tl.cumsum(live.to(tl.int32), 0) - 1
         found = tl.sum(live.to(tl.int32), 0)
         if c > 0:
@@ -152,7 +166,8 @@ def _add(sums, w, entry, BATCH: tl.constexpr):
 def masked_gemv(
     z, threshold, scale, weight, bias, out, entries, d, ld,
     PARTS: tl.constexpr, SUMS: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr,
-    BATCH: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+    BATCH: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
+    EARLY: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """z [BATCH, d], weight [d, ld] -> out [BATCH, ld], or if SUMS [splits, BATCH, ld] in float32 for ``add_parts``.
 
@@ -179,7 +194,8 @@ def masked_gemv(
         sums = sums + (tl.zeros([ROWS, BLOCK_N], tl.float32),)
     block = weight + column
     count = _list_live(
-        z, threshold, scale, entries, block, d, ld, begin, end, len(PARTS), PART, BATCH, WARPS, PDL, BLOCK_N, AHEAD
+        z, threshold, scale, entries, block, d, ld, begin, end, len(PARTS),
+        PART, BATCH, WARPS, PDL, BLOCK_N, EARLY, AHEAD,
     )  # fmt: skip
     slot = tl.arange(0, ROWS)
     now = ()

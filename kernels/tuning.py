@@ -2,12 +2,11 @@
 
     Case ──candidates──▶ [Tile] ──timed in CUDA graphs──▶ Measured(the fastest, its times, the dense product's)
 
-The file lies beside the CPU kernels. Times are of calls in a row on weights that take turns, so that no cache holds
+Times are of calls in a row on weights that take turns, so that no cache holds
 one: what decode sees.
 """
 
 import hashlib
-import json
 import logging
 import math
 import statistics
@@ -21,9 +20,8 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from rana_compile.files import replacing
 from rana_compile.kernels.cpu import cache_directory
-from rana_compile.types import WriteError
+from rana_compile.kernels.measured import Measured, kept
 
 log = logging.getLogger(__name__)
 
@@ -54,24 +52,14 @@ class Case(NamedTuple):
     device: torch.device
 
 
-class Measured(NamedTuple):
-    """The fastest tile, and microseconds: with half of the coordinates live, with all, of the library's product."""
-
-    tile: Tile
-    half: float
-    full: float
-    dense: float
-
-    def masked(self, density: float) -> float:
-        """Microseconds with this share of the coordinates live."""
-        return self.full - (self.full - self.half) * 2 * (1 - density)
-
-
 Run = Callable[[Tile, Case, Tensor, Tensor, Tensor, Tensor], None]  # z, threshold, weight_t, out
 
 # Columns, depth, warps. Many small programs win: while some list, others load. Measured: CONTRIBUTING.md. A candidate
 # costs seconds to compile; for several rows, more.
 CUTS = ((128, 8, 1),)
+EARLY_BYTES = (
+    2**22
+)  # fetched by all programs, live or not, while the kernel before ends: more than a microsecond's reads
 AHEAD = 32  # rows of a program of which the live ones are fetched while it makes its list
 USUAL = Tile(32, 4, 4, 1)
 _known: dict[Case, Measured] = {}
@@ -83,7 +71,7 @@ def tile_for(case: Case, run: Run) -> Tile:
         return USUAL
     if case not in _known and not _file(case).exists() and torch.cuda.is_current_stream_capturing():
         return next(candidates(case))
-    return measured(case, run).tile
+    return Tile(*measured(case, run).cut)
 
 
 def is_small(case: Case) -> bool:
@@ -94,12 +82,7 @@ def is_small(case: Case) -> bool:
 def measured(case: Case, run: Run) -> Measured:
     """What was measured for this shape, now or by an earlier process."""
     if case not in _known:
-        file = _file(case)
-        found = _read(file)
-        if found is None:
-            found = _measure(case, run)
-            _keep(found, file)
-        _known[case] = found
+        _known[case] = kept(_file(case), lambda: _measure(case, run))
     return _known[case]
 
 
@@ -113,30 +96,15 @@ def candidates(case: Case) -> Iterator[Tile]:
         yield from (Tile(columns, depth, warps, s) for s in busy or (splits[-1:] if each < WARPS[0] else splits[:1]))
 
 
+def early_rows(programs: int, row_bytes: int, rows: int) -> int:
+    """How many of its ``rows`` a program fetches before it knows which are live: a power of two, at most 16, or 0."""
+    return next((n for n in (16, 8, 4, 2) if n <= rows and programs * n * row_bytes <= EARLY_BYTES), 0)
+
+
 def _file(case: Case) -> Path:
     name = torch.cuda.get_device_name(case.device)
-    of = (name, triton.__version__, torch.__version__, tuple(case)[:-1], CUTS, SPLITS, WARPS, AHEAD)
+    of = (name, triton.__version__, torch.__version__, tuple(case)[:-1], CUTS, SPLITS, WARPS, EARLY_BYTES, AHEAD)
     return cache_directory() / f"masked_{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.json"
-
-
-def _keep(found: Measured, file: Path) -> None:
-    try:
-        with replacing(file) as temporary:  # processes may race
-            temporary.write_text(json.dumps(found), encoding="utf-8")
-    except WriteError as error:
-        log.warning("%s: measured again by the next process", error)
-
-
-def _read(file: Path) -> Measured | None:
-    """What an earlier process kept there; None, too, if it is not what one writes."""
-    try:
-        tile, *times = json.loads(file.read_text(encoding="utf-8"))
-        return Measured(Tile(*map(int, tile)), *map(float, times))
-    except FileNotFoundError:
-        return None
-    except (OSError, TypeError, ValueError) as error:
-        log.warning("%s cannot be read (%s): measuring again", file, error)
-        return None
 
 
 def _measure(case: Case, run: Run) -> Measured:

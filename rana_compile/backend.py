@@ -11,6 +11,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from rana_compile.binding import Bound, Stamp, bind, stamp
 from rana_compile.config import BackendOptions
 from rana_compile.kernels import ops
+from rana_compile.passes.attend import lower_single_queries
 from rana_compile.passes.expand import expand
 from rana_compile.passes.find import bind_sites
 from rana_compile.passes.fuse import fuse_gated_mlps
@@ -108,6 +109,8 @@ def adapt_graph(
     changed = sum(low.family != "dense" for low in lowerings)
     log.info("adapted %d of %d sites in a graph, %d through masked kernels", changed, len(matches), masked)
     adapted = rewrite(gm, fuse_gated_mlps(lowerings)) if lowerings else copy_dynamo_graph(gm)[0]
+    if any(low.decode for low in lowerings):
+        lower_single_queries(adapted)
     _trace(adapted)
     return adapted, refresh
 
@@ -160,7 +163,9 @@ def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -
     if not rows or mixed or dtype not in ops.DTYPES or not ops.is_supported(device.type):
         return False
     if entry is None or "threshold" not in entry.tensors or entry.family == "gated":
-        return rows == 1  # dense products; live outputs that only one token agrees on
+        if entry is None or entry.family != "dense":
+            return rows == 1  # live outputs that only one token agrees on
+        return all(ops.linear_is_faster(rows, lin.d_in, lin.d_out, dtype, device) for lin in match.linears)
     site, basis = entry.site, entry.tensors.get("output_basis")
     d, density = (site.d_in, entry.flops_kept) if basis is None else (basis.shape[1], entry.live[0] / basis.shape[1])
     gated = site.kind == "gate_up" and basis is None

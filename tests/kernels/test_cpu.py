@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rana_compile import RanaError, WriteError
-from rana_compile.kernels import cpu
+from rana_compile.kernels import cpu, ops
+from rana_compile.kernels.measured import Measured
 
 SCRIPT = """
 import torch
@@ -181,3 +183,40 @@ def test_no_place_to_write_at_all_is_an_error(compiler: Path, monkeypatch: pytes
     monkeypatch.setattr(cpu.tempfile, "mkdtemp", full)
     with pytest.raises(WriteError, match=r"temporary files cannot be written either \(No space left"):
         cpu.register()
+
+
+@pytest.mark.parametrize(
+    ("rows", "density", "faster"), [(1, 0.5, True), (4, 0.8, True), (4, 1.0, False), (17, 0.1, False)]
+)
+def test_the_masked_kernel_is_taken_where_it_was_measured_faster(
+    rows: int, density: float, faster: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def measure(*of: Any) -> Measured:
+        calls.append(of)
+        return Measured((), 60.0, 110.0, 100.0)
+
+    monkeypatch.setenv("RANA_COMPILE_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu, "_measure", measure)
+    arguments = (512, 500, density, torch.float32, torch.device("cpu"), False)
+    for _ in range(2):
+        cpu._measured.cache_clear()  # as another process
+        assert cpu.masked_is_faster(rows, *arguments) == faster
+    assert calls == ([("masked_linear", rows, 512, 500, torch.float32)] if rows <= 16 else [])
+
+
+def test_small_weights_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_measure", None)
+    small = (64, 64, 0.5, torch.float32, torch.device("cpu"), False)
+    assert cpu.masked_is_faster(1, *small) and not cpu.masked_is_faster(2, *small)
+    assert cpu.linear_is_faster(1, 64, 64, torch.float32) and not cpu.linear_is_faster(2, 64, 64, torch.float32)
+
+
+def test_what_is_measured_is_the_time_of_live_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "BEYOND_CACHES", 2**21)  # a wide weight is measured in part
+    ops.load("cpu")
+    found = cpu._measure("masked_linear", 2, 256, 5000, torch.bfloat16)
+    assert found.cut == () and 0 < found.half < found.full and found.dense > 0
+    found = cpu._measure("linear", 2, 256, 5000, torch.bfloat16)
+    assert 0 < found.half == found.full and found.dense > 0

@@ -165,7 +165,7 @@ def test_masked_gemv_compiles_without_spills(rows: int, dtype: str, architecture
     )
     for tile in (Tile(*cut, 8) for cut in CUTS):
         blocks = ((0, 0, 4096), (32, 4096, 5120), (40, 5120, 6144))
-        constants = {"PARTS": blocks, "SUMS": True, "PART": 512, "BATCH": rows, "AHEAD": AHEAD}
+        constants = {"PARTS": blocks, "SUMS": True, "PART": 512, "BATCH": rows, "EARLY": 16, "AHEAD": AHEAD}
         shape = {"BLOCK_N": tile.columns, "DEPTH": tile.depth, "WARPS": tile.warps}
         types = MASKED | {"out": "*fp32"}
         assert_no_spills(

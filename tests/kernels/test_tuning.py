@@ -13,7 +13,7 @@ CASE = Case(1, 4096, 4096, False, torch.float16, torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize(
-    "kept", [None, "", "[", "7", '[["a", 1, 1, 1], 1, 2, 3]', "[[1, 1, 1, 1], 1]", "[[1], 1, 2, 3]"]
+    "kept", [None, "", "[", "7", '[["a", 1, 1, 1], 1, 2, 3]', "[[1, 1, 1, 1], 1]", "[[1], 1, 2, []]"]
 )
 def test_a_file_that_is_not_whole_is_measured_again(
     kept: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -33,4 +33,5 @@ def test_a_file_that_is_not_whole_is_measured_again(
     tuning._known.clear()  # as another process
     assert tuning.measured(CASE, lambda *_: None) == found == Measured(Tile(64, 8, 1, 2), 1.5, 2.5, 3.5)
     assert calls == [CASE] and [p.name for p in tmp_path.iterdir()] == ["masked.json"]
+    assert tuning.tile_for(CASE, lambda *_: None) == Tile(64, 8, 1, 2)
     assert ("measuring again" in caplog.text) == (kept is not None)

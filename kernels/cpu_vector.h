@@ -1,0 +1,148 @@
+// Vectors of 16 floats (GCC/Clang vector extensions: the compiler lowers them to AVX-512, to pairs of AVX2 registers, or to
+// what the target has), loads and stores of every dtype, and activations.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <cmath>
+#include <cstring>
+
+namespace {
+
+constexpr int64_t kLane = 16;         // floats in a vector
+constexpr int64_t kStep = 2 * kLane;  // weights that are read together
+
+typedef float Floats __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t Bits __attribute__((vector_size(64), aligned(2)));  // of bfloat16 pairs in memory
+typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+typedef _Float16 Float16s __attribute__((vector_size(32), aligned(2)));
+
+inline Words bits(Floats v) { return reinterpret_cast<Words>(v); }
+inline Floats absolute(Floats v) { return reinterpret_cast<Floats>(bits(v) & 0x7fffffffu); }
+
+inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
+inline Floats load(const at::BFloat16* p) {
+  const Halves raw = *reinterpret_cast<const Halves*>(p);
+  return reinterpret_cast<Floats>(__builtin_convertvector(raw, Words) << 16);
+}
+inline Floats load(const at::Half* p) {
+  return __builtin_convertvector(*reinterpret_cast<const Float16s*>(p), Floats);
+}
+
+// v rounded to bfloat16 (to nearest even; NaN stays one), in the upper halves of the words; the lower are not clear.
+inline Words rounded(Floats v) {
+  const Words w = bits(v);
+  return v == v ? w + 0x7fffu + ((w >> 16) & 1u) : Words{} + 0x7fc00000u;
+}
+
+inline void store(float* p, Floats v) { *reinterpret_cast<Floats*>(p) = v; }
+inline void store(at::BFloat16* p, Floats v) {
+  *reinterpret_cast<Halves*>(p) = __builtin_convertvector(rounded(v) >> 16, Halves);
+}
+inline void store(at::Half* p, Floats v) { *reinterpret_cast<Float16s*>(p) = __builtin_convertvector(v, Float16s); }
+
+// kStep numbers. Of bfloat16, `a` holds the even ones and `b` the odd ones: a shift and a mask, where their order would
+// cost a shuffle. Sums are kept in that order and stored with store2, which undoes it.
+struct Two {
+  Floats a, b;
+};
+template <typename T>
+inline Two load2(const T* p) {
+  return {load(p), load(p + kLane)};
+}
+template <>
+inline Two load2(const at::BFloat16* p) {
+  const Words raw = reinterpret_cast<Words>(*reinterpret_cast<const Bits*>(p));
+  return {reinterpret_cast<Floats>(raw << 16), reinterpret_cast<Floats>(raw & 0xffff0000u)};
+}
+template <typename T>
+inline void store2(T* p, Two v) {
+  store(p, v.a);
+  store(p + kLane, v.b);
+}
+template <>
+inline void store2(at::BFloat16* p, Two v) {
+  *reinterpret_cast<Bits*>(p) = reinterpret_cast<Bits>((rounded(v.a) >> 16) | (rounded(v.b) & 0xffff0000u));
+}
+
+template <typename T>
+inline void prefetch2(const T* p) {
+  for (int64_t line = 0; line < kStep; line += 64 / sizeof(T)) __builtin_prefetch(p + line);
+}
+
+inline float sum(Floats v) {
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+  return v[0];
+}
+
+// exp for |v| up to 87, else saturated; relative error below 2e-7. Remez polynomial of 2^f on [-1/2, 1/2].
+inline Floats exponential(Floats v) {
+  v = v < 87.0f ? v : Floats{} + 87.0f;
+  v = v > -87.0f ? v : Floats{} - 87.0f;
+  const Floats t = v * 1.44269504f;
+  const Ints n = __builtin_convertvector(t + (t < 0.0f ? Floats{} - 0.5f : Floats{} + 0.5f), Ints);
+  const Floats f = t - __builtin_convertvector(n, Floats);
+  Floats p = Floats{} + 1.535336188e-4f;
+  for (float c : {1.339887440e-3f, 9.618437357e-3f, 5.550332548e-2f, 2.402264791e-1f, 6.931472028e-1f, 1.0f}) p = p * f + c;
+  return p * reinterpret_cast<Floats>((n + 127) << 23);
+}
+
+enum class Activation { kSilu, kGelu, kGeluTanh, kRelu };
+
+Activation activation_of(c10::string_view name) {
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "relu") return Activation::kRelu;
+  TORCH_CHECK(false, "unknown activation '", name, "'; known: silu, gelu, gelu_tanh, relu");
+}
+
+inline Floats activate(Activation a, Floats v) {
+  if (a == Activation::kSilu) return v / (1.0f + exponential(-v));
+  if (a == Activation::kGeluTanh) {  // tanh(u) = 1 - 2 / (exp(2u) + 1)
+    const Floats u = 0.7978845608f * (v + 0.044715f * v * v * v);
+    return v * (1.0f - 1.0f / (exponential(2.0f * u) + 1.0f));
+  }
+  if (a == Activation::kGelu) {
+    Floats y;
+    for (int i = 0; i < kLane; ++i) y[i] = 0.5f * v[i] * (1.0f + std::erf(v[i] * 0.7071067812f));
+    return y;
+  }
+  return v < 0.0f ? Floats{} : v;  // NaN is kept
+}
+
+// f(c, n) for the vectors of [0, count): n is kLane, but for the last.
+template <typename F>
+inline void by_lane(int64_t count, F&& f) {
+  int64_t c = 0;
+  for (; c + kLane <= count; c += kLane) f(c, kLane);
+  if (c < count) f(c, count - c);
+}
+
+// The first n of a vector, the others zero.
+template <typename T>
+inline Floats load(const T* p, int64_t n) {
+  if (n == kLane) return load(p);
+  T some[kLane] = {};
+  std::memcpy(some, p, n * sizeof(T));
+  return load(some);
+}
+template <typename T>
+inline void store(T* p, Floats v, int64_t n) {
+  if (n == kLane) return store(p, v);
+  T some[kLane];
+  store(some, v);
+  std::memcpy(p, some, n * sizeof(T));
+}
+
+// What T keeps of v.
+template <typename T>
+inline Floats as(Floats v) {
+  T some[kLane];
+  store(some, v);
+  return load(some);
+}
+
+}  // namespace
