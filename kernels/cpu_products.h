@@ -20,6 +20,7 @@ constexpr int64_t kLiveGroup = 4;       // gathered weight rows read together
 constexpr int64_t kMaxRows = 16;        // input rows that share one pass over the weight
 constexpr int64_t kTile = 2048;         // output columns whose sums stay in the first-level cache (one input row)
 constexpr int64_t kMinBytes = 1 << 15;  // weight bytes below which another thread does not pay
+constexpr int64_t kAhead = 1 << 14;     // bytes between what is multiplied and what is prefetched
 constexpr int64_t kColumn = 8;          // what a column costs beside its products, in products
 
 // A buffer of the calling thread that lives from call to call, for one use each.
@@ -120,16 +121,20 @@ template <typename T>
 void masked_tile(const Part& part, int64_t rows, int64_t d, const T* weight, int64_t ld, int64_t begin, int64_t n,
                  const T* bias, T* out, float* acc) {
   std::fill(acc, acc + rows * n, 0.0f);
+  const int64_t row = n * static_cast<int64_t>(sizeof(T));
+  const int64_t ahead = std::max<int64_t>(1, kAhead / (kGroup * row)) * kGroup;  // rows
   const T* w[kGroup];
   const T* next[kGroup];
   float v[kGroup];
   int64_t i = 0;
+  for (int64_t k = 0; k < std::min(ahead, part.count); ++k)
+    for (int64_t c = 0; c < n; c += kStep) prefetch2(weight + part.live[k] * ld + begin + c);
   for (; i + kGroup <= part.count; i += kGroup) {
     const int64_t* live = part.live + i;
-    const bool more = i + 2 * kGroup <= part.count;
+    const bool more = i + ahead + kGroup <= part.count;
     for (int64_t k = 0; k < kGroup; ++k) {
       w[k] = weight + live[k] * ld + begin;
-      next[k] = more ? weight + live[kGroup + k] * ld + begin : nullptr;
+      next[k] = more ? weight + live[ahead + k] * ld + begin : nullptr;
     }
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t k = 0; k < kGroup; ++k) v[k] = part.x[r * d + live[k]];
@@ -194,7 +199,7 @@ void widen(const T* x, int64_t d, float* wide) {
 
 // COUNT outputs at once: weight rows against x as `widen` has it; `next`: rows to prefetch, or none.
 template <int COUNT, typename T>
-inline void dot(const float* x, const T* const* weight, const T* next, int64_t d, float* result) {
+inline void dot(const float* x, const T* const* weight, const T* const* next, int64_t d, float* result) {
   Floats a[COUNT] = {};
   int64_t c = 0;
   for (; c + kStep <= d; c += kStep) {
@@ -203,7 +208,7 @@ inline void dot(const float* x, const T* const* weight, const T* next, int64_t d
       const Two w = load2(weight[k] + c);
       a[k] += v.a * w.a;
       a[k] += v.b * w.b;
-      if (next) prefetch2(next + k * d + c);
+      if (next) prefetch2(next[k] + c);
     }
   }
   for (int k = 0; k < COUNT; ++k) {
@@ -224,15 +229,19 @@ void dense_rows(const T* x, int64_t rows, int64_t d, const T* weight, int64_t d_
   const int64_t groups = (d_out + kGroup - 1) / kGroup;
   at::parallel_for(0, groups, grain(groups, d * d_out * sizeof(T)), [&](int64_t first, int64_t last) {
     const T* w[kGroup];
+    const T* next[kGroup];
     float result[kGroup];
     for (int64_t g = first; g < last; ++g) {
       const int64_t o = g * kGroup, n = std::min(kGroup, d_out - o);
-      for (int64_t k = 0; k < n; ++k) w[k] = weight + (o + k) * d;
+      for (int64_t k = 0; k < n; ++k) {
+        w[k] = weight + (o + k) * d;
+        next[k] = w[k] + kGroup * d;  // behind the last row nothing is read
+      }
       for (int64_t r = 0; r < rows; ++r) {
         if (n == kGroup)
-          dot<kGroup>(wide + r * d, w, r == 0 ? w[0] + kGroup * d : nullptr, d, result);
+          dot<kGroup>(wide + r * d, w, r == 0 ? next : nullptr, d, result);
         else
-          for (int64_t k = 0; k < n; ++k) dot<1>(wide + r * d, w + k, static_cast<const T*>(nullptr), d, result + k);
+          for (int64_t k = 0; k < n; ++k) dot<1, T>(wide + r * d, w + k, nullptr, d, result + k);
         for (int64_t k = 0; k < n; ++k) out[r * d_out + o + k] = with_bias(result[k], bias, o + k);
       }
     }
@@ -268,8 +277,12 @@ void live_rows(const T* x, int64_t d, Activation a, const T* gate, const float* 
       float result[kLiveGroup];
       const int64_t n = std::min(kLiveGroup, last - i);
       const T* w[kLiveGroup];
-      for (int64_t k = 0; k < kLiveGroup; ++k) w[k] = weight + live[i + std::min(k, n - 1)] * d;
-      dot<kLiveGroup>(wide, w, static_cast<const T*>(nullptr), d, result);
+      const T* next[kLiveGroup];
+      for (int64_t k = 0; k < kLiveGroup; ++k) {
+        w[k] = weight + live[std::min(i + k, last - 1)] * d;
+        next[k] = weight + live[std::min(i + k + kLiveGroup, last - 1)] * d;
+      }
+      dot<kLiveGroup>(wide, w, next, d, result);
       for (int64_t k = 0; k < n; ++k) out[live[i + k]] = with_bias(result[k], bias, live[i + k]);
     }
   });

@@ -27,7 +27,7 @@ class Rank:
     def derive(self, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
         weight = stack(weights)
         basis = tensors["output_basis"].t().float() @ weight.float()  # [r, d_in]
-        return {"basis": basis.to(weight.dtype)}
+        return {"basis": basis.to(weight.dtype), "output_basis": tensors["output_basis"].to(weight.dtype)}
 
     def mask(self, index: int, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, t: Tensors) -> Mask:
         return Mask(F.linear(x, t["basis"]), t["threshold"])
