@@ -95,6 +95,13 @@ def test_weights_can_be_had_from_the_layouts_that_hold_them(family: str) -> None
         assert torch.equal(view, weight) and view.untyped_storage().data_ptr() in storages
 
 
+@pytest.mark.parametrize("family", ["rank", "low_rank"])
+def test_what_a_graph_computes_with_needs_no_conversion(family: str) -> None:
+    weights, _ = weights_of(family, torch.bfloat16)
+    derived = FAMILIES[family].derive(weights, stored(family, [w.float() for w in weights], 0.5))
+    assert {name: t.dtype for name, t in derived.items()} == dict.fromkeys(("basis", "output_basis"), torch.bfloat16)
+
+
 @pytest.mark.parametrize("family", ["neuron", "rank", "gated"])
 def test_nothing_dropped_is_dense(family: str) -> None:
     weights, biases = weights_of(family)

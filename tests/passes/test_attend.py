@@ -5,10 +5,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import graph_of
+from support import graph_and_inputs, graph_of, plan_of
 from torch import Tensor, nn
 
+from rana_compile.backend import adapt_graph
+from rana_compile.config import BackendOptions
 from rana_compile.passes.attend import lower_single_queries, single_query_attention
+from rana_compile.types import Site
 
 
 def inputs(dtype: torch.dtype, kv_heads: int, queries: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,3 +63,28 @@ def test_others_are_left_alone(given: dict[str, Any]) -> None:
     q, k, v = inputs(torch.float32, 6, queries=1 if given else 3)
     assert lower_single_queries(graph_of(Attend(**given), q, k, v)) == 0
     assert lower_single_queries(graph_of(Attend(), q[:, :, :1].double(), k.double(), v.double())) == 0
+
+
+class Projected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(16, 16)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.project(q), k, v)
+
+
+@pytest.mark.parametrize(
+    ("gradients", "adapted", "lowered"), [(False, True, True), (True, True, False), (False, False, False)]
+)
+def test_the_backend_does_so_in_adapted_graphs_without_gradients(gradients: bool, adapted: bool, lowered: bool) -> None:
+    module = Projected()
+    tensors = {"threshold": torch.full((1, 16), 0.5), "probe": torch.zeros(0, 17)}
+    site = Site("project", "linear", ("project.weight",), 16, (16,))
+    plan = plan_of(module, (site, "neuron", tensors))
+    with torch.set_grad_enabled(gradients):
+        gm, given = graph_and_inputs(module, *inputs(torch.float32, 6))
+        options = BackendOptions.parse({"plan": plan} | ({} if adapted else {"exclude": ["*"]}))
+        rewritten, _ = adapt_graph(gm, given, plan, options)
+    targets = {node.target for node in rewritten.graph.nodes}
+    assert (single_query_attention in targets) == lowered != (F.scaled_dot_product_attention in targets)
