@@ -90,7 +90,10 @@ Tensor masked_linear(const Tensor& z, const Tensor& threshold, const Tensor& wei
   const int64_t whole = weight_t.size(1);
   const at::IntArrayRef parts = given.empty() ? at::IntArrayRef(whole) : given;
   int64_t columns = 0;
-  for (int64_t part : parts) columns += part;
+  for (int64_t part : parts) {
+    TORCH_CHECK(part >= 0, "a part has ", part, " columns");
+    columns += part;
+  }
   TORCH_CHECK(columns == whole, "the parts have ", columns, " columns, the weight has ", whole);
   const int64_t masks = static_cast<int64_t>(parts.size());
   check_threshold(threshold, weight_t.size(0) * masks);

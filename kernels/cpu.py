@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,27 +87,28 @@ def _is_faster(op: str, rows: int, d: int, d_out: int, density: float, dtype: to
 @cache
 def _measured(op: str, rows: int, d: int, d_out: int, dtype: torch.dtype, threads: int, compiler: str) -> Measured:
     of = repr((_fingerprint(compiler), op, rows, d, d_out, dtype, threads))
-    file = cache_directory() / f"{op}_{hashlib.sha256(of.encode()).hexdigest()[:16]}.json"
+    file = wanted_directory() / f"{op}_{hashlib.sha256(of.encode()).hexdigest()[:16]}.json"
     return kept(file, lambda: _measure(op, rows, d, d_out, dtype))
 
 
 def _measure(op: str, rows: int, d: int, d_out: int, dtype: torch.dtype) -> Measured:
-    """In turns, on weights that take turns too, so that no cache holds them; of a wide weight on a part."""
+    """In turns, on weights that take turns too, so that hardly a cache holds them; of a wide weight on a part."""
     log.info("measuring %s for %d rows, %d×%d, %s", op, rows, d, d_out, dtype)
     cols = min(d_out, BEYOND_CACHES // (d * dtype.itemsize))
-    own = torch.Generator().manual_seed(0)
-    first = torch.randn(d, cols, generator=own).to(dtype)
+    own: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "device": "cpu", "dtype": torch.float32}
+    first = torch.randn(d, cols, **own).to(dtype)
     copies = min(64, -(-BEYOND_CACHES // (d * cols * dtype.itemsize)))
     weights = [first, *(first.clone() for _ in range(copies - 1))]
-    z = torch.randn(rows, d, generator=own).to(dtype)
+    z = torch.randn(rows, d, **own).to(dtype)
+    every = torch.zeros(d, dtype=torch.float32, device="cpu")  # thresholds for every input
+    half = every.masked_fill(torch.rand(d, **own) < 0.5, torch.inf)
 
     def masked(threshold: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda weight: torch.ops.rana.masked_linear(z, threshold, weight, None)
 
-    half = torch.where(torch.rand(d, generator=own) < 0.5, 0.0, torch.inf)  # for every input
     ours = [lambda weight: torch.ops.rana.linear(z, weight.view(cols, d), None)]
     if op == "masked_linear":
-        ours = [masked(half), masked(torch.zeros(d))]
+        ours = [masked(half), masked(every)]
     calls = [*ours, lambda weight: F.linear(z, weight.view(cols, d))]
     times: list[list[float]] = [[] for _ in calls]
     with torch.no_grad():

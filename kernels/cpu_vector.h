@@ -11,12 +11,13 @@ namespace {
 constexpr int64_t kLane = 16;         // floats in a vector
 constexpr int64_t kStep = 2 * kLane;  // weights that are read together
 
-typedef float Floats __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t Bits __attribute__((vector_size(64), aligned(2)));  // of bfloat16 pairs in memory
-typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
-typedef _Float16 Float16s __attribute__((vector_size(32), aligned(2)));
+// may_alias: they are laid over memory that holds at::BFloat16 and at::Half.
+typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(64), aligned(2), may_alias));  // of bfloat16 pairs
+typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+typedef _Float16 Float16s __attribute__((vector_size(32), aligned(2), may_alias));
 
 inline Words bits(Floats v) { return reinterpret_cast<Words>(v); }
 inline Floats absolute(Floats v) { return reinterpret_cast<Floats>(bits(v) & 0x7fffffffu); }

@@ -1,7 +1,8 @@
-"""Whether a masked product pays: measured once per shape and machine, kept in a file beside the CPU kernels."""
+"""Whether a kernel pays: measured once per shape and machine, kept in a file beside the CPU kernels."""
 
 import json
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from rana_compile.files import replacing
 from rana_compile.types import WriteError
 
 log = logging.getLogger(__name__)
+_LOCK = threading.Lock()
 
 
 class Measured(NamedTuple):
@@ -25,24 +27,28 @@ class Measured(NamedTuple):
         return self.full - (self.full - self.half) * 2 * (1 - density)
 
 
-def kept(file: Path, measure: Callable[[], Measured]) -> Measured:
-    """What an earlier process kept in ``file``, else what ``measure`` says, which is kept there."""
-    found = _read(file)
-    if found is None:
-        found = measure()
-        try:
-            with replacing(file) as temporary:  # processes may race
-                temporary.write_text(json.dumps(found), encoding="utf-8")
-        except WriteError as error:
-            log.warning("%s: measured again by the next process", error)
-    return found
+def kept(file: Path, measure: Callable[[], Measured], cut: int = 0) -> Measured:
+    """What an earlier process kept in ``file``, else what ``measure`` says, kept there; ``cut``: of so many numbers."""
+    with _LOCK:  # what is measured beside another thread's is not what it takes
+        found = _read(file, cut)
+        if found is None:
+            found = measure()
+            try:
+                with replacing(file) as temporary:  # processes may race
+                    temporary.write_text(json.dumps(found), encoding="utf-8")
+            except WriteError as error:
+                log.warning("%s: measured again by the next process", error)
+        return found
 
 
-def _read(file: Path) -> Measured | None:
+def _read(file: Path, length: int) -> Measured | None:
     """None, too, if it is not what a process writes."""
     try:
-        cut, half, full, dense = json.loads(file.read_text(encoding="utf-8"))
-        return Measured(tuple(map(int, cut)), float(half), float(full), float(dense))
+        cut, *times = json.loads(file.read_text(encoding="utf-8"))
+        half, full, dense = map(float, times)
+        if len(cut) != length or not half + full + dense > 0:
+            raise ValueError(f"a cut of {len(cut)} numbers, {length} expected, or no times")
+        return Measured(tuple(map(int, cut)), half, full, dense)
     except FileNotFoundError:
         return None
     except (OSError, TypeError, ValueError) as error:

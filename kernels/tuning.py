@@ -9,6 +9,7 @@ one: what decode sees.
 import hashlib
 import logging
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from rana_compile.kernels.cpu import cache_directory
+from rana_compile.kernels.cpu import wanted_directory
 from rana_compile.kernels.measured import Measured, kept
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def tile_for(case: Case, run: Run) -> Tile:
     """The tile to launch with; an unmeasured one for small weights and while a CUDA graph is captured."""
     if is_small(case):
         return USUAL
-    if case not in _known and not _file(case).exists() and torch.cuda.is_current_stream_capturing():
+    if case not in _known and not os.path.exists(_file(case)) and torch.cuda.is_current_stream_capturing():
         return next(candidates(case))
     return Tile(*measured(case, run).cut)
 
@@ -82,7 +83,7 @@ def is_small(case: Case) -> bool:
 def measured(case: Case, run: Run) -> Measured:
     """What was measured for this shape, now or by an earlier process."""
     if case not in _known:
-        _known[case] = kept(_file(case), lambda: _measure(case, run))
+        _known[case] = kept(_file(case), lambda: _measure(case, run), len(Tile._fields))
     return _known[case]
 
 
@@ -104,7 +105,7 @@ def early_rows(programs: int, row_bytes: int, rows: int) -> int:
 def _file(case: Case) -> Path:
     name = torch.cuda.get_device_name(case.device)
     of = (name, triton.__version__, torch.__version__, tuple(case)[:-1], CUTS, SPLITS, WARPS, EARLY_BYTES, AHEAD)
-    return cache_directory() / f"masked_{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.json"
+    return wanted_directory() / f"masked_{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.json"
 
 
 def _measure(case: Case, run: Run) -> Measured:

@@ -36,7 +36,8 @@ def _is_single(node: fx.Node) -> bool:
     query, key, value = (named[name].meta["example_value"] for name in names[:3])
     if named.get("dropout_p") or named.get("is_causal") or torch.is_autocast_enabled("cpu"):
         return False
-    known = query.device.type == "cpu" and query.dtype in DTYPES and {key.dtype, value.dtype} == {query.dtype}
+    dtypes = {key.dtype, value.dtype, node.meta["example_value"].dtype}  # autocast inside the graph changes the last
+    known = query.device.type == "cpu" and query.dtype in DTYPES and dtypes == {query.dtype}
     return known and query.dim() >= 3 and isinstance(query.shape[-2], int) and query.shape[-2] == 1
 
 

@@ -109,7 +109,7 @@ def adapt_graph(
     changed = sum(low.family != "dense" for low in lowerings)
     log.info("adapted %d of %d sites in a graph, %d through masked kernels", changed, len(matches), masked)
     adapted = rewrite(gm, fuse_gated_mlps(lowerings)) if lowerings else copy_dynamo_graph(gm)[0]
-    if lowerings and not torch.is_grad_enabled():
+    if lowerings and options.compiler == "inductor" and not torch.is_grad_enabled():
         lower_single_queries(adapted)
     _trace(adapted)
     return adapted, refresh

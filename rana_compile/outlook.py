@@ -67,7 +67,7 @@ def explain(
 ) -> Explanation:
     """What ``model.compile(backend="rana", options=options)`` would do with the call ``model(*inputs, **kwargs)``.
 
-    The model runs once, eagerly, and is not changed.
+    The model runs once, eagerly, and is not changed. Kernels are measured for its shapes, once per machine.
 
     Raises:
         ConfigError: an unknown option, or a pattern that matches no parameter.

@@ -213,10 +213,41 @@ def test_small_weights_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None
     assert cpu.linear_is_faster(1, 64, 64, torch.float32) and not cpu.linear_is_faster(2, 64, 64, torch.float32)
 
 
-def test_what_is_measured_is_the_time_of_live_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_time_is_measured_whatever_the_default_dtype(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "BEYOND_CACHES", 2**21)  # a wide weight is measured in part
     ops.load("cpu")
-    found = cpu._measure("masked_linear", 2, 256, 5000, torch.bfloat16)
-    assert found.cut == () and 0 < found.half < found.full and found.dense > 0
-    found = cpu._measure("linear", 2, 256, 5000, torch.bfloat16)
-    assert 0 < found.half == found.full and found.dense > 0
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        for op in ("masked_linear", "linear"):
+            found = cpu._measure(op, 2, 256, 5000, torch.bfloat16)
+            assert found.cut == () and min(found[1:]) > 0 and (op == "masked_linear" or found.half == found.full)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_what_was_measured_is_read_where_nothing_may_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANA_COMPILE_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu, "_measure", lambda *_: Measured((), 1.0, 2.0, 3.0))
+    given = (1, 512, 500, 0.5, torch.float32, torch.device("cpu"), False)
+    cpu._measured.cache_clear()
+    assert cpu.masked_is_faster(*given)
+    (file,) = tmp_path.iterdir()
+    cpu._measured.cache_clear()
+    monkeypatch.setattr(cpu, "_measure", None)
+    monkeypatch.setattr(cpu, "check_writable", None)
+    assert cpu.masked_is_faster(*given) and list(tmp_path.iterdir()) == [file]
+
+
+def test_where_nothing_may_be_written_it_is_measured_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RANA_COMPILE_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(cpu, "_measure", lambda *_: Measured((), 1.0, 2.0, 3.0))
+    cpu._measured.cache_clear()
+    assert cpu.masked_is_faster(1, 512, 500, 0.5, torch.float32, torch.device("cpu"), False)
+    assert "measured again by the next process" in caplog.text

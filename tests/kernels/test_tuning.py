@@ -13,7 +13,18 @@ CASE = Case(1, 4096, 4096, False, torch.float16, torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize(
-    "kept", [None, "", "[", "7", '[["a", 1, 1, 1], 1, 2, 3]', "[[1, 1, 1, 1], 1]", "[[1], 1, 2, []]"]
+    "kept",
+    [
+        None,
+        "",
+        "[",
+        "7",
+        '[["a", 1, 1, 1], 1, 2, 3]',
+        "[[1, 1, 1, 1], 1]",
+        "[[1], 1, 2, 3]",
+        "[[1, 1, 1, 1], 1, 2, []]",
+        "[[1, 1, 1, 1], NaN, 2, 3]",
+    ],
 )
 def test_a_file_that_is_not_whole_is_measured_again(
     kept: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -35,3 +46,10 @@ def test_a_file_that_is_not_whole_is_measured_again(
     assert calls == [CASE] and [p.name for p in tmp_path.iterdir()] == ["masked.json"]
     assert tuning.tile_for(CASE, lambda *_: None) == Tile(64, 8, 1, 2)
     assert ("measuring again" in caplog.text) == (kept is not None)
+
+
+@pytest.mark.parametrize(
+    ("programs", "rows", "early"), [(1024, 128, 16), (1025, 128, 8), (10**6, 128, 0), (1, 3, 2), (1, 1, 0)]
+)
+def test_rows_fetched_early_stay_within_what_memory_gives_meanwhile(programs: int, rows: int, early: int) -> None:
+    assert tuning.early_rows(programs, 256, rows) == early

@@ -65,6 +65,16 @@ def test_others_are_left_alone(given: dict[str, Any]) -> None:
     assert lower_single_queries(graph_of(Attend(), q[:, :, :1].double(), k.double(), v.double())) == 0
 
 
+class Cast(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_autocast_in_the_graph_is_left_to_pytorch() -> None:
+    assert lower_single_queries(graph_of(Cast(), *inputs(torch.float32, 6))) == 0
+
+
 class Projected(nn.Module):
     def __init__(self) -> None:
         super().__init__()
