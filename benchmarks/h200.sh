@@ -28,8 +28,10 @@ part() { # name, seconds, command...
 run() { # a part by its name
     case "$1" in
     tests)
-        part devices 100 python3 -m pytest tests/test_determinism.py -k two_devices -q -p no:cacheprovider
-        part tests 400 "${PYTEST[@]}" -n 6
+        local bad=0
+        part devices 100 python3 -m pytest tests/test_determinism.py -k two_devices -q -p no:cacheprovider || bad=1
+        part tests 400 "${PYTEST[@]}" -n 6 || bad=1
+        return "$bad"
         ;;
     memcheck)
         if command -v compute-sanitizer >/dev/null; then

@@ -1,4 +1,4 @@
-"""Build the C++ kernels once per machine and load them; whether they pay is measured once per shape.
+"""Build the C++ kernels once per machine and load them; whether they pay for several rows is measured once per shape.
 
 The library lies in a cache directory under a name that hashes everything it depends on (source, PyTorch,
 compiler, processor flags); it is compiled to a temporary name and renamed, so that processes may race and the next
@@ -78,8 +78,8 @@ def masked_is_faster(
 
 def _is_faster(op: str, rows: int, d: int, d_out: int, density: float, dtype: torch.dtype) -> bool:
     compiler = find_compiler()
-    if rows > MAX_ROWS or d * d_out * dtype.itemsize < SMALL or compiler is None:
-        return rows == 1
+    if not 1 < rows <= MAX_ROWS or d * d_out * dtype.itemsize < SMALL or compiler is None:
+        return rows == 1  # one row is faster at every shape measured, and its results do not depend on a measurement
     found = _measured(op, rows, d, d_out, dtype, torch.get_num_threads(), compiler)
     return found.masked(density) < found.dense
 

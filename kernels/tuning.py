@@ -2,8 +2,7 @@
 
     Case ──candidates──▶ [Tile] ──timed in CUDA graphs──▶ Measured(the fastest, its times, the dense product's)
 
-Times are of calls in a row on weights that take turns, so that no cache holds
-one: what decode sees.
+Times are of calls in a row on weights that take turns, so that no cache holds one: what decode sees.
 """
 
 import hashlib
@@ -58,9 +57,7 @@ Run = Callable[[Tile, Case, Tensor, Tensor, Tensor, Tensor], None]  # z, thresho
 # Columns, depth, warps. Many small programs win: while some list, others load. Measured: CONTRIBUTING.md. A candidate
 # costs seconds to compile; for several rows, more.
 CUTS = ((128, 8, 1),)
-EARLY_BYTES = (
-    2**22
-)  # fetched by all programs, live or not, while the kernel before ends: more than a microsecond's reads
+EARLY_BYTES = 2**22  # fetched by all programs, live or not, while the kernel before ends: a microsecond's reads
 AHEAD = 32  # rows of a program of which the live ones are fetched while it makes its list
 USUAL = Tile(32, 4, 4, 1)
 _known: dict[Case, Measured] = {}

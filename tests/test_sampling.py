@@ -28,12 +28,12 @@ def test_batches_are_reproducible_and_no_random_state_is_spent(model: nn.Module)
 
 def test_it_is_distributed_as_the_model_says(model: nn.Module) -> None:
     """Second tokens against the model's distribution after the first: mean log-probability within its own error."""
-    seconds = torch.cat(own_text(model, tokens=4000, length=2, start=5))[:, 1]
+    sampled = torch.cat(own_text(model, tokens=4000, length=2, start=5))[:, 1]
     with torch.no_grad():
         logs = model(torch.tensor([[5]])).logits[0, 0].log_softmax(-1)
     entropy = -(logs.exp() * logs).sum()
-    error = ((logs.exp() * (logs + entropy).square()).sum() / len(seconds)).sqrt()
-    assert abs(-logs[seconds].mean() - entropy) < 4 * error
+    error = ((logs.exp() * (logs + entropy).square()).sum() / len(sampled)).sqrt()
+    assert abs(-logs[sampled].mean() - entropy) < 4 * error
 
 
 def test_calibrate_on_own_text_alone_and_beside_other(model: nn.Module) -> None:

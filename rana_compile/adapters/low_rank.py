@@ -26,8 +26,8 @@ class LowRank(Rank):
         return split_linear(z, tensors["output_basis"].to(z.dtype), biases, site.d_outs)
 
     def pack(self, site: Site, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
-        basis = self.derive(weights, tensors)["basis"].contiguous()
-        return {"basis": basis, "weight": tensors["output_basis"].to(basis.dtype).contiguous()}
+        derived = self.derive(weights, tensors)
+        return {"basis": derived["basis"].contiguous(), "weight": derived["output_basis"].contiguous()}
 
     def decode(self, site: Site, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
         z = torch.ops.rana.linear(x, packed["basis"], None)

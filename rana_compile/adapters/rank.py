@@ -42,11 +42,11 @@ class Rank:
         return split_linear(z, tensors["output_basis"].to(z.dtype), biases, site.d_outs)
 
     def pack(self, site: Site, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
-        dtype = weights[0].dtype
+        derived = self.derive(weights, tensors)
         return {
-            "basis": self.derive(weights, tensors)["basis"].contiguous(),
+            "basis": derived["basis"].contiguous(),
             "threshold": tensors["threshold"],
-            "weight_t": tensors["output_basis"].to(dtype).t().contiguous(),  # [r, d_out]
+            "weight_t": derived["output_basis"].t().contiguous(),  # [r, d_out]
         }
 
     def unpacked(self, site: Site, packed: Tensors) -> Sequence[Tensor]:
