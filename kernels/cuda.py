@@ -188,13 +188,14 @@ def _run(
     config = {"BLOCK_N": tile.columns, "DEPTH": tile.depth, "WARPS": tile.warps, "num_warps": tile.warps}
     ahead = {"EARLY": 0, "AHEAD": 0}  # the interpreter knows no assembly
     if z.is_cuda:
-        ahead = {"EARLY": tuning.early_rows(grid[0] * split, tile.columns * z.itemsize, part), "AHEAD": tuning.AHEAD}
+        row = tile.columns * z.itemsize
+        ahead = {"EARLY": tuning.early_rows(grid[0] * split, row, part), "AHEAD": tuning.AHEAD_BYTES // row}
     _launch(programs.masked_gemv, grid, *args, waits=waits, **shape, **config, **ahead)
     if apart:
-        block_n = max(32, min(128, 1024 // split))
+        block_n = min(32, 2048 // triton.next_power_of_2(split))  # a warp's registers
         grid = (triton.cdiv(cols, block_n), rows)
         shared: dict[str, Any] = {"ACTIVATION": activation if gate else None, "SPLIT": split}
-        _launch(programs.add_parts, grid, sums, bias, out, rows, cols, ld, BLOCK_N=block_n, **shared)
+        _launch(programs.add_parts, grid, sums, bias, out, rows, cols, ld, BLOCK_N=block_n, num_warps=1, **shared)
 
 
 def _blocks(parts: tuple[int, ...], columns: int) -> tuple[tuple[int, int, int], ...]:

@@ -236,15 +236,17 @@ def add_parts(
     row = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = n < cols
-    at = parts + (tl.arange(0, SPLIT)[:, None] * rows + row) * ld + n[None, :]
+    part = tl.arange(0, triton.next_power_of_2(SPLIT))[:, None]
+    at = parts + (part * rows + row) * ld + n[None, :]
+    read = (part < SPLIT) & valid[None, :]
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    y = tl.sum(tl.load(at, mask=valid[None, :], other=0.0), axis=0)
+    y = tl.sum(tl.load(at, mask=read, other=0.0), axis=0)
     if ACTIVATION is None:
         _store(y, bias, out, row * cols + n, n, valid)
     else:
-        up = tl.sum(tl.load(at + cols, mask=valid[None, :], other=0.0), axis=0)
+        up = tl.sum(tl.load(at + cols, mask=read, other=0.0), axis=0)
         if bias is not None:
             y += tl.load(bias + n, mask=valid, other=0.0).to(tl.float32)
             up += tl.load(bias + cols + n, mask=valid, other=0.0).to(tl.float32)

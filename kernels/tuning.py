@@ -27,9 +27,8 @@ log = logging.getLogger(__name__)
 
 BEYOND_CACHES = 2**28  # bytes of weights that take turns
 SMALL = 2**20  # bytes of a weight below which launches, not bytes, are what costs
-WARPS = (1000, 6000)  # of all programs together: what keeps the memory busy on about 132 multiprocessors
-SPLITS = (1, 2, 4, 8, 16, 32, 64)
-LEAST_ROWS = 64  # of a program: below that its list costs more than it skips
+PROGRAMS = (1000, 1900)  # what keeps the memory busy on about 132 multiprocessors; a thousand take 1.2 µs to start
+ROWS = tuple(2**i for i in range(6, 14))  # of the weight, of a program: a list is made of 256 at a time
 
 
 class Tile(NamedTuple):
@@ -56,9 +55,9 @@ Run = Callable[[Tile, Case, Tensor, Tensor, Tensor, Tensor], None]  # z, thresho
 
 # Columns, depth, warps. Many small programs win: while some list, others load. Measured: CONTRIBUTING.md. A candidate
 # costs seconds to compile; for several rows, more.
-CUTS = ((128, 8, 1),)
+CUTS = ((128, 8, 1), (128, 10, 1), (64, 12, 1))
 EARLY_BYTES = 2**22  # fetched by all programs, live or not, while the kernel before ends: a microsecond's reads
-AHEAD = 32  # rows of a program of which the live ones are fetched while it makes its list
+AHEAD_BYTES = 2**13  # of a program's first rows, of which the live ones are fetched while it makes its list
 USUAL = Tile(32, 4, 4, 1)
 _known: dict[Case, Measured] = {}
 
@@ -85,13 +84,14 @@ def measured(case: Case, run: Run) -> Measured:
 
 
 def candidates(case: Case) -> Iterator[Tile]:
-    """Cuts with about as many warps as the multiprocessors take; one at least: that which comes nearest."""
+    """Cuts into about as many programs as the multiprocessors take; one of each kind at least: the nearest."""
     width = 2 * case.cols if case.gate else case.cols
+    splits = sorted({triton.cdiv(case.d, rows) for rows in ROWS})
     for columns, depth, warps in CUTS:
-        each = triton.cdiv(width, columns) * warps
-        splits = [s for s in SPLITS if s == 1 or case.d >= s * LEAST_ROWS]
-        busy = [s for s in splits if WARPS[0] <= each * s <= WARPS[1]]
-        yield from (Tile(columns, depth, warps, s) for s in busy or (splits[-1:] if each < WARPS[0] else splits[:1]))
+        blocks = triton.cdiv(width, columns)
+        busy = [s for s in splits if PROGRAMS[0] <= blocks * s <= PROGRAMS[1]]
+        nearest = min(splits, key=lambda s: abs(math.log(blocks * s / PROGRAMS[0])))
+        yield from (Tile(columns, depth, warps, s) for s in busy or [nearest])
 
 
 def early_rows(programs: int, row_bytes: int, rows: int) -> int:
@@ -101,7 +101,7 @@ def early_rows(programs: int, row_bytes: int, rows: int) -> int:
 
 def _file(case: Case) -> Path:
     name = torch.cuda.get_device_name(case.device)
-    of = (name, triton.__version__, torch.__version__, tuple(case)[:-1], CUTS, SPLITS, WARPS, EARLY_BYTES, AHEAD)
+    of = (name, triton.__version__, torch.__version__, tuple(case)[:-1], CUTS, PROGRAMS, ROWS, EARLY_BYTES, AHEAD_BYTES)
     return wanted_directory() / f"masked_{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.json"
 
 

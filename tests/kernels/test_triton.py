@@ -72,7 +72,7 @@ def test_activations_and_tiles(rows: int, activation: str | None) -> None:
         expected = reference.gated(expected, activation)
     case = Case(rows, d, cols, activation is not None, z.dtype, z.device)
     cuts = CUTS if activation in (None, "silu") else ()
-    for tile in (USUAL, *(Tile(*cut, split) for cut, split in zip(cuts, itertools.cycle((1, 4)), strict=False))):
+    for tile in (USUAL, *(Tile(*cut, split) for cut, split in zip(cuts, itertools.cycle((1, 5)), strict=False))):
         out = torch.full((rows, cols), torch.nan, device=DEVICE)
         cuda._run(tile, case, z, threshold, weight_t, out, bias, activation or "silu")
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
@@ -93,8 +93,8 @@ def test_parts_and_tiles(rows: int, parts: tuple[int, ...]) -> None:
     z, weight_t = torch.randn(rows, d, device=DEVICE), torch.randn(d, ld, device=DEVICE) / 17
     expected = reference.masked_linear(z, threshold, weight_t, None, parts, scale)
     case = Case(rows, d, ld, False, z.dtype, z.device)
-    for tile in (USUAL, *(Tile(*cut, 4 if rows == 1 else 1) for cut in CUTS)):
-        poison = [torch.full((n,), torch.nan, device=DEVICE) for n in (rows * ld, 4 * rows * ld, 152, 304) * 2]
+    for tile in (USUAL, *(Tile(*cut, 5 if rows == 1 else 1) for cut in CUTS)):
+        poison = [torch.full((n,), torch.nan, device=DEVICE) for n in (rows * ld, 5 * rows * ld, 152, 304) * 2]
         del poison  # the allocator likes to give freed memory again
         out = torch.full((rows, ld), torch.nan, device=DEVICE)
         cuda._run(tile, case, z, threshold, weight_t, out, parts=parts, scale=scale)
@@ -157,7 +157,7 @@ def assert_no_spills(cubin: bytes, folder: Path, stack: int = 0) -> None:
 def test_masked_gemv_compiles_without_spills(rows: int, dtype: str, architecture: int, tmp_path: Path) -> None:
     import triton
 
-    from rana_compile.kernels.tuning import AHEAD, CUTS, Tile
+    from rana_compile.kernels.tuning import CUTS, Tile
 
     newer = (rows, dtype, architecture) == (2, "fp32", 90) and torch.torch_version.TorchVersion(triton.__version__) >= (
         3,
@@ -165,7 +165,7 @@ def test_masked_gemv_compiles_without_spills(rows: int, dtype: str, architecture
     )
     for tile in (Tile(*cut, 8) for cut in CUTS):
         blocks = ((0, 0, 4096), (32, 4096, 5120), (40, 5120, 6144))
-        constants = {"PARTS": blocks, "SUMS": True, "PART": 512, "BATCH": rows, "EARLY": 16, "AHEAD": AHEAD}
+        constants = {"PARTS": blocks, "SUMS": True, "PART": 512, "BATCH": rows, "EARLY": 16, "AHEAD": 64}
         shape = {"BLOCK_N": tile.columns, "DEPTH": tile.depth, "WARPS": tile.warps}
         types = MASKED | {"out": "*fp32"}
         assert_no_spills(
@@ -178,8 +178,9 @@ def test_masked_gemv_compiles_without_spills(rows: int, dtype: str, architecture
 @offline
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_the_other_programs_compile_without_spills(architecture: int, tmp_path: Path) -> None:
-    parts = {"ACTIVATION": "gelu", "SPLIT": 4, "BLOCK_N": 128}
-    assert_no_spills(machine_code(architecture, "add_parts", PARTS, "fp16", 4, **parts), tmp_path)
+    for split, columns in ((43, 32), (200, 8)):
+        parts = {"ACTIVATION": "gelu", "SPLIT": split, "BLOCK_N": columns}
+        assert_no_spills(machine_code(architecture, "add_parts", PARTS, "fp16", 1, **parts), tmp_path)
     dense = {"D": 4096, "BLOCK_N": 1, "BLOCK_K": 4096}
     assert_no_spills(machine_code(architecture, "gemv", DENSE, "fp16", 8, **dense), tmp_path)
 
@@ -218,7 +219,7 @@ def test_measurements_are_kept_and_leave_the_random_numbers_alone(
     tuning._known.clear()
     monkeypatch.setattr(tuning, "_measure", None)
     assert tuning.measured(case, cuda._run) == found
-    assert tuning.tile_for(case, cuda._run) == found.tile
+    assert tuning.tile_for(case, cuda._run) == found.cut
 
 
 def test_candidates_keep_the_device_busy_and_there_is_always_one() -> None:
@@ -227,12 +228,12 @@ def test_candidates_keep_the_device_busy_and_there_is_always_one() -> None:
     def splits(*shape: Any) -> list[int]:
         return [t.split for t in tuning.candidates(tuning.Case(*shape, torch.bfloat16, torch.device("cuda", 0)))]
 
-    assert splits(1, 4096, 12288, False) == splits(2, 4096, 12288, False) == [16, 32]
-    assert splits(1, 4096, 11008, True) == [8, 16, 32]  # twice as many columns
-    assert splits(1, 11008, 4096, False) == [32, 64]
-    assert splits(1, 4096, 1024, False) == [64]  # too few columns: as many parts as there may be
-    assert splits(1, 4096, 10**6, False) == [1]  # more than enough
-    assert splits(1, 64, 48, False) == [1]
+    assert splits(1, 4096, 12288, False) == splits(2, 4096, 12288, False) == [16, 16, 8]
+    assert splits(1, 4096, 11008, True) == [8, 8, 4]  # twice as many columns
+    assert splits(1, 11008, 4096, False) == [43, 43, 22]  # programs of 256 rows, 512
+    assert splits(1, 4096, 1024, False) == [64, 64, 64]  # too few columns: as many parts as there may be
+    assert splits(1, 4096, 10**6, False) == [1, 1, 1]  # more than enough
+    assert splits(1, 64, 48, False) == [1, 1, 1]
 
 
 def test_times_between_the_measured_densities() -> None:
