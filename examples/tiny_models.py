@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rana_compile import Plan
-from rana_compile.adapters.base import token_thresholds
+from rana_compile.adapters.base import weighed
 
 VOCABULARY = 128
 HIDDEN, MLP, HEADS, KV_HEADS = 64, 96, 4, 2
@@ -235,6 +235,6 @@ def mask_by_hooks(model: nn.Module, plan: Plan) -> list[RemovableHandle]:
 def _masking(threshold: Tensor, probe: Tensor) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
     def masked(module: nn.Module, args: tuple[Tensor]) -> Tensor:
         (x,) = args
-        return x * (x.abs() >= token_thresholds(x, threshold, probe)[0])
+        return x * (weighed(x, x, probe).abs() >= threshold[0])
 
     return masked

@@ -164,7 +164,8 @@ Tensor gated_mlp(const Tensor& x, const Tensor& up_threshold, const Tensor& up_w
 }
 
 Tensor gated_up(const Tensor& x, const Tensor& threshold, const Tensor& gate_weight_t, const Tensor& gate_threshold,
-                const Tensor& up_weight, const std::optional<Tensor>& bias, c10::string_view activation) {
+                const Tensor& up_weight, const std::optional<Tensor>& bias, c10::string_view activation,
+                const std::optional<Tensor>& scale) {
   const Activation act = activation_of(activation);
   check(x, up_weight, up_weight.dim() == 2 ? up_weight.size(1) : 0, 2 * up_weight.size(0), bias);
   const int64_t d = up_weight.size(1), h = up_weight.size(0);
@@ -173,6 +174,7 @@ Tensor gated_up(const Tensor& x, const Tensor& threshold, const Tensor& gate_wei
               "the gate's weight must be [", d, ", ", h, "], the transpose of up's shape");
   check_threshold(threshold, d);
   check_threshold(gate_threshold, h);
+  Scale by = scale_of(scale, x, 2);
   Tensor out;
   dispatch(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
@@ -180,9 +182,11 @@ Tensor gated_up(const Tensor& x, const Tensor& threshold, const Tensor& gate_wei
       const T* shift = data<T>(bias);
       for (int64_t r = 0; r < rows; ++r) {  // each row has a list of live outputs of its own
         T* row = y + r * 2 * h;
-        masked_rows<T>(in + r * d, 1, d, threshold.const_data_ptr<float>(), gate_weight_t.const_data_ptr<T>(), h, shift, row);
-        live_rows<T>(in + r * d, d, act, row, gate_threshold.const_data_ptr<float>(), up_weight.const_data_ptr<T>(), h,
-                     shift ? shift + h : nullptr, row + h);
+        masked_rows<T>(in + r * d, 1, d, threshold.const_data_ptr<float>(), gate_weight_t.const_data_ptr<T>(), h, shift, row,
+                       by);
+        live_rows<T>(in + r * d, d, act, row, gate_threshold.const_data_ptr<float>(), by.of(0, 1),
+                     up_weight.const_data_ptr<T>(), h, shift ? shift + h : nullptr, row + h);
+        by = by.after(1);
       }
     });
   });

@@ -35,7 +35,7 @@ int64_t grain(int64_t units, int64_t bytes) {
   return std::max<int64_t>(1, units * kMinBytes / std::max<int64_t>(bytes, 1));
 }
 
-// What a row's thresholds are divided by, one for each mask of a row; no data: 1.
+// What a row's magnitudes are multiplied by, one for each mask of a row; no data: 1.
 struct Scale {
   const float* data = nullptr;
   int64_t masks = 1;
@@ -53,7 +53,7 @@ struct Part {
   int64_t cost() const { return columns * (count + kColumn); }
 };
 
-// z [rows, d] -> x, zero where |z| is below threshold / scale; NaN is kept. Returns how many are in `live`.
+// z [rows, d] -> x, zero where |z| * scale is below threshold; NaN is kept. Returns how many are in `live`.
 template <typename T>
 int64_t keep(const T* z, int64_t rows, int64_t d, const float* threshold, Scale scale, int64_t mask, float* x,
              int64_t* live) {
@@ -61,7 +61,7 @@ int64_t keep(const T* z, int64_t rows, int64_t d, const float* threshold, Scale 
     const float by = scale.of(r, mask);
     by_lane(d, [&](int64_t j, int64_t n) {
       const Floats value = load(z + r * d + j, n);
-      store(x + r * d + j, absolute(value) < load(threshold + j, n) / by ? Floats{} : value, n);
+      store(x + r * d + j, absolute(value) * by < load(threshold + j, n) ? Floats{} : value, n);
     });
   }
   int64_t count = 0;
@@ -257,10 +257,10 @@ void gate(Activation a, const T* y, int64_t rows, int64_t h, T* hidden) {
     });
 }
 
-// out[j] = weight[j] . x where the activated gate survives, else 0; x [d], weight [h, d].
+// out[j] = weight[j] . x where the activated gate, times `by`, survives, else 0; x [d], weight [h, d].
 template <typename T>
-void live_rows(const T* x, int64_t d, Activation a, const T* gate, const float* threshold, const T* weight, int64_t h,
-               const T* bias, T* out) {
+void live_rows(const T* x, int64_t d, Activation a, const T* gate, const float* threshold, float by, const T* weight,
+               int64_t h, const T* bias, T* out) {
   float* wide = buffer<float, 0>(d + h);
   float* activated = wide + d;
   widen(x, d, wide);
@@ -270,7 +270,7 @@ void live_rows(const T* x, int64_t d, Activation a, const T* gate, const float* 
   for (int64_t j = 0; j < h; ++j) {
     out[j] = static_cast<T>(0.0f);
     live[count] = j;
-    count += !(std::fabs(activated[j]) < threshold[j]);
+    count += !(std::fabs(activated[j]) * by < threshold[j]);
   }
   at::parallel_for(0, count, grain(count, count * d * sizeof(T)), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i += kLiveGroup) {

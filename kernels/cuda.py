@@ -17,7 +17,7 @@ from torch import Tensor
 from rana_compile.kernels import reference, tuning
 from rana_compile.kernels import triton_programs as programs
 from rana_compile.kernels.ops import DTYPES, LIBRARY
-from rana_compile.kernels.reference import apply_threshold, check_activation, gated, levels
+from rana_compile.kernels.reference import apply_threshold, check_activation, gated, of_mask
 from rana_compile.kernels.tuning import Case, Tile
 from rana_compile.types import RanaError
 
@@ -96,6 +96,7 @@ def gated_up(
     up_weight: Tensor,
     bias: Tensor | None,
     activation: str,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Rows of ``up`` only where the activated gate survives: x [..., d_in] -> gate, then up [..., 2h]."""
     check_activation(activation)
@@ -105,16 +106,19 @@ def gated_up(
         raise RanaError(f"expected a float32 gate threshold of {h} elements, got {tuple(gate_threshold.shape)}")
     if bias is not None and (bias.dtype != x.dtype or bias.shape != (2 * h,)):
         raise RanaError(f"expected a bias of {2 * h} elements of {x.dtype}")
+    _check_scale(scale, x, 2)
     if x.numel() != d or not h:
-        return reference.gated_up(x, threshold, gate_weight_t, gate_threshold, up_weight, bias, activation)
+        return reference.gated_up(x, threshold, gate_weight_t, gate_threshold, up_weight, bias, activation, scale)
     biases = (None, None) if bias is None else bias.chunk(2)
-    gate = _masked(x, threshold, gate_weight_t, biases[0], waits=True)  # a probe's thresholds were made just before
+    scales = (None, None) if scale is None else scale.split(1, dim=-1)  # of one row, and so contiguous
+    gate = _masked(x, threshold, gate_weight_t, biases[0], scale=scales[0])
     up = torch.empty_like(gate)
     block_k = min(1024, triton.next_power_of_2(d))
     block_n = max(1, 4096 // block_k)
     grid = (triton.cdiv(h, block_n),)
     shape = {"ACTIVATION": activation, "D": d, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4}
-    _launch(programs.live_gemv, grid, x.contiguous(), gate, gate_threshold, up_weight, biases[1], up, h, **shape)
+    args = (x.contiguous(), gate, gate_threshold, scales[1], up_weight, biases[1], up, h)
+    _launch(programs.live_gemv, grid, *args, **shape)
     return torch.cat([gate, up], dim=-1)
 
 
@@ -126,7 +130,6 @@ def _masked(
     parts: tuple[int, ...] = (),
     scale: Tensor | None = None,
     activation: str | None = None,
-    waits: bool = False,
 ) -> Tensor:
     """The masked product, one launch or two; with an activation, of gate columns then up columns, combined."""
     _check(z, weight_t, weight_t.shape[0], weight_t.shape[-1], bias)
@@ -140,7 +143,7 @@ def _masked(
     out = z.new_empty((*z.shape[:-1], cols))
     case = Case(rows, d, cols, activation is not None, z.dtype, z.device)
     tile = tuning.tile_for(case, _run)
-    _run(tile, case, z.contiguous(), threshold, weight_t, out, bias, activation or "silu", parts, scale, waits)
+    _run(tile, case, z.contiguous(), threshold, weight_t, out, bias, activation or "silu", parts, scale)
     return out
 
 
@@ -154,10 +157,10 @@ def _library(
 ) -> Tensor:
     """The same in plain operations: for more rows than a kernel takes."""
     if not parts:
-        return F.linear(apply_threshold(z, levels(threshold, scale, 0)), weight_t.t(), bias)
+        return F.linear(apply_threshold(z, threshold, of_mask(scale, 0)), weight_t.t(), bias)
     biases = [None] * len(parts) if bias is None else bias.split(list(parts))
     each = enumerate(zip(threshold, weight_t.split(list(parts), dim=1), biases, strict=True))
-    return torch.cat([F.linear(apply_threshold(z, levels(t, scale, i)), w.t(), b) for i, (t, w, b) in each], dim=-1)
+    return torch.cat([F.linear(apply_threshold(z, t, of_mask(scale, i)), w.t(), b) for i, (t, w, b) in each], dim=-1)
 
 
 def _run(
@@ -171,9 +174,7 @@ def _run(
     activation: str = "silu",
     parts: tuple[int, ...] = (),
     scale: Tensor | None = None,
-    waits: bool = False,
 ) -> None:
-    """``waits``: thresholds come from the kernel before, so that nothing may begin before it has ended."""
     rows, d, cols, gate = case[:4]
     ld, split = weight_t.stride(0), tile.split
     blocks = _blocks(parts or (weight_t.shape[1],), tile.columns)
@@ -190,7 +191,7 @@ def _run(
     if z.is_cuda:
         row = tile.columns * z.itemsize
         ahead = {"EARLY": tuning.early_rows(grid[0] * split, row, part), "AHEAD": tuning.AHEAD_BYTES // row}
-    _launch(programs.masked_gemv, grid, *args, waits=waits, **shape, **config, **ahead)
+    _launch(programs.masked_gemv, grid, *args, **shape, **config, **ahead)
     if apart:
         block_n = min(32, 2048 // triton.next_power_of_2(split))  # a warp's registers
         grid = (triton.cdiv(cols, block_n), rows)
@@ -226,13 +227,13 @@ def masked_is_faster(
     return found.masked(density) < found.dense
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, waits: bool = False, **config: Any) -> None:
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> None:
     device = args[0].device
     if device.type != "cuda":  # under the interpreter
         kernel[grid](*args, PDL=False, **config)
         return
     with torch.cuda.device(device):
-        if _overlaps(device) and not waits:
+        if _overlaps(device):
             kernel[grid](*args, PDL=True, launch_pdl=True, **config)
         else:
             kernel[grid](*args, PDL=False, **config)
@@ -249,7 +250,11 @@ def _check_masks(z: Tensor, threshold: Tensor, shape: tuple[int, ...], scale: Te
         raise RanaError(
             f"expected contiguous float32 thresholds {shape}, got {tuple(threshold.shape)} of {threshold.dtype}"
         )
-    expected = (*z.shape[:-1], shape[0] if len(shape) == 2 else 1)
+    _check_scale(scale, z, shape[0] if len(shape) == 2 else 1)
+
+
+def _check_scale(scale: Tensor | None, z: Tensor, masks: int) -> None:
+    expected = (*z.shape[:-1], masks)
     if scale is not None and (scale.dtype != torch.float32 or scale.shape != expected or not scale.is_contiguous()):
         raise RanaError(f"expected a contiguous float32 scale {expected}, got {tuple(scale.shape)} of {scale.dtype}")
 

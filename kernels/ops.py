@@ -23,7 +23,7 @@ SCHEMAS = (
     "gated_mlp(Tensor x, Tensor up_threshold, Tensor up_weight_t, Tensor? up_bias, Tensor down_threshold, "
     "Tensor down_weight_t, Tensor? down_bias, str activation, Tensor? up_scale=None) -> Tensor",
     "gated_up(Tensor x, Tensor threshold, Tensor gate_weight_t, Tensor gate_threshold, Tensor up_weight, "
-    "Tensor? bias, str activation) -> Tensor",
+    "Tensor? bias, str activation, Tensor? scale=None) -> Tensor",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 LIBRARY = torch.library.Library("rana", "DEF")
@@ -83,6 +83,7 @@ def _(
     up_weight: Tensor,
     bias: Tensor | None,
     activation: str,
+    scale: Tensor | None = None,
 ) -> Tensor:
     check_activation(activation)
     return x.new_empty((*x.shape[:-1], 2 * up_weight.shape[0]))

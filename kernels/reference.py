@@ -2,11 +2,11 @@
 
 One idea serves every adapter: a product in which small coordinates are skipped,
 
-    y = At.T @ (m * z) + bias,    m_j = not (abs(z_j) < threshold_j)
+    y = At.T @ (m * z) + bias,    m_j = not (abs(z_j) * scale < threshold_j)
 
 Importance scores of the form ``abs(z_j) * c_j >= t`` become per-coordinate thresholds ``t / c_j``,
-so the magnitude, the column-norm and the loss-aware rule are the same op. A threshold of zero
-keeps a coordinate always; NaN is kept, so that a broken input stays visible.
+so the magnitude, the column-norm and the loss-aware rule are the same op; the scale, if any, is a row's: how much
+that token matters. A threshold of zero keeps a coordinate always; NaN is kept, so that a broken input stays visible.
 
 Products accumulate in float32 (float64 for float64 inputs); results have the dtype of the input.
 """
@@ -27,14 +27,27 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def apply_threshold(z: Tensor, threshold: Tensor) -> Tensor:
-    """Zero the coordinates of ``z`` [..., d] whose magnitude is below ``threshold`` [d] (float32)."""
-    return torch.where(z.abs() < threshold, torch.zeros((), dtype=z.dtype, device=z.device), z)
+def is_small(z: Tensor, threshold: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Whether the magnitudes of ``z`` [..., d], times the row's ``scale`` [...], are below ``threshold`` [d].
+
+    Threshold and scale are float32, and so is what is compared.
+    """
+    return (z.abs() if scale is None else z.abs() * scale[..., None]) < threshold
 
 
-def levels(threshold: Tensor, scale: Tensor | None, index: int) -> Tensor:
-    """Thresholds [d] of one mask, divided by what ``scale`` [..., masks] says of each row: [..., d]."""
-    return threshold if scale is None else threshold / scale[..., index, None]
+def apply_threshold(z: Tensor, threshold: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Zero the coordinates of ``z`` that are small."""
+    return without(z, is_small(z, threshold, scale))
+
+
+def without(z: Tensor, dropped: Tensor) -> Tensor:
+    """``z`` with zeros where ``dropped``."""
+    return torch.where(dropped, torch.zeros((), dtype=z.dtype, device=z.device), z)
+
+
+def of_mask(scale: Tensor | None, index: int) -> Tensor | None:
+    """What one mask's coordinates are multiplied by, [...], of a ``scale`` [..., masks]."""
+    return None if scale is None else scale[..., index]
 
 
 def _product(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
@@ -59,14 +72,14 @@ def masked_linear(
     """Masked product: z [..., d], threshold [d], weight_t [d, d_out] -> [..., d_out].
 
     With ``parts``, which sum to d_out, the columns of each part have a mask of their own: threshold [len(parts), d].
-    With ``scale`` [..., masks] (float32) a row's thresholds are divided by it.
+    With ``scale`` [..., masks] (float32) a row's magnitudes are multiplied by it before they are compared.
     """
     if not parts:
-        return _product(apply_threshold(z, levels(threshold, scale, 0)), weight_t, bias)
+        return _product(apply_threshold(z, threshold, of_mask(scale, 0)), weight_t, bias)
     columns = weight_t.split(list(parts), dim=1)
     biases = [None] * len(parts) if bias is None else bias.split(list(parts))
     each = enumerate(zip(threshold, columns, biases, strict=True))
-    return torch.cat([_product(apply_threshold(z, levels(t, scale, i)), w, b) for i, (t, w, b) in each], dim=-1)
+    return torch.cat([_product(apply_threshold(z, t, of_mask(scale, i)), w, b) for i, (t, w, b) in each], dim=-1)
 
 
 def rank_linear(x: Tensor, basis: Tensor, threshold: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -105,18 +118,18 @@ def gated_up(
     up_weight: Tensor,
     bias: Tensor | None,
     activation: str,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Rows of ``up`` only where the activated gate survives: x [..., d_in] -> gate, then up [..., 2h].
 
     threshold [d_in], gate_weight_t [d_in, h], gate_threshold [h], up_weight [h, d_in], bias [2h]; up is zero
-    where ``abs(act(gate))`` is below its threshold.
+    where ``abs(act(gate))`` is below its threshold. ``scale`` [..., 2] is of both masks, as in ``masked_linear``.
     """
     check_activation(activation)
     biases = (None, None) if bias is None else bias.chunk(2)
-    gate = masked_linear(x, threshold, gate_weight_t, biases[0])
-    dead = ACTIVATIONS[activation](gate).abs() < gate_threshold
-    up = linear(x, up_weight, biases[1])
-    return torch.cat([gate, torch.where(dead, torch.zeros((), dtype=up.dtype, device=up.device), up)], dim=-1)
+    gate = masked_linear(x, threshold, gate_weight_t, biases[0], scale=None if scale is None else scale[..., :1])
+    dead = is_small(ACTIVATIONS[activation](gate), gate_threshold, of_mask(scale, 1))
+    return torch.cat([gate, without(linear(x, up_weight, biases[1]), dead)], dim=-1)
 
 
 def gated(y: Tensor, activation: str) -> Tensor:

@@ -109,11 +109,11 @@ def _list_live(
         live = k < 0
         values = ()
         for b in tl.static_range(BATCH):
-            level = thresholds[c]
-            if scale is not None:
-                level = tl.div_rn(level, tl.load(scale + b * masks))
             v = tl.load(z + b * d + k, mask=k < end, other=0.0).to(tl.float32)
-            v = tl.where(tl.abs(v) < level, 0.0, v)
+            size = tl.abs(v)
+            if scale is not None:
+                size *= tl.load(scale + b * masks)
+            v = tl.where(size < thresholds[c], 0.0, v)
             values = values + (v,)
             live = live | (v != 0.0)
         if c * CHUNK < AHEAD:
@@ -172,7 +172,7 @@ def masked_gemv(
     """z [BATCH, d], weight [d, ld] -> out [BATCH, ld], or if SUMS [splits, BATCH, ld] in float32 for ``add_parts``.
 
     PARTS (see ``_block``) are columns with a mask of their own each: threshold [parts, d], and, or None, scale
-    [BATCH, parts], by which thresholds are divided. ``entries`` [programs, BATCH, PART] is scratch. DEPTH tiles
+    [BATCH, parts], by which magnitudes are multiplied. ``entries`` [programs, BATCH, PART] is scratch. DEPTH tiles
     [ROWS, BLOCK_N] of the weight are in flight: each is multiplied just before its registers are loaded with the tile
     DEPTH further on, whose entries were read one round earlier still.
     """
@@ -257,10 +257,10 @@ def add_parts(
 
 @triton.jit
 def live_gemv(
-    x, gate, threshold, weight, bias, out, h,
+    x, gate, threshold, scale, weight, bias, out, h,
     ACTIVATION: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One row: x [d], gate [h], weight [h, d] -> out [h]; weight rows are read where abs(act(gate)) is not small."""
+    """One row: x [d], gate [h], weight [h, d] -> out [h]; rows are read where abs(act(gate)) · scale is not small."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     level = tl.load(threshold + n, mask=n < h, other=0.0)
@@ -268,7 +268,10 @@ def live_gemv(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     g = tl.load(gate + n, mask=n < h, other=0.0)
-    dead = tl.abs(_activate(g.to(tl.float32), ACTIVATION).to(g.dtype).to(tl.float32)) < level  # NaN is kept
+    size = tl.abs(_activate(g.to(tl.float32), ACTIVATION).to(g.dtype).to(tl.float32))
+    if scale is not None:
+        size *= tl.load(scale)
+    dead = size < level  # NaN is kept
     read = (n < h) & (dead == 0)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     at = weight + n.to(tl.int64)[:, None] * D + k[None, :]

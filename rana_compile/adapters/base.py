@@ -98,13 +98,14 @@ def sensitivity(x: Tensor, probe: Tensor) -> Tensor:
     return torch.stack(sensitivities(x, probe), -1)
 
 
-def token_thresholds(x: Tensor, threshold: Tensor, probe: Tensor) -> Sequence[Tensor]:
-    """Thresholds [masks, n] for each token x [..., d], lower where it matters more: [..., n], one a mask.
+def scales(x: Tensor, probe: Tensor, masks: int) -> Sequence[Tensor | None]:
+    """What the tokens x [..., d] multiply each mask's magnitudes by, [...]; None without a probe ([0, d + 1])."""
+    return sensitivities(x, probe) if len(probe) else [None] * masks
 
-    Without a probe ([0, d + 1]) they are the same for all tokens: [n].
-    """
-    rows = threshold.unbind()
-    return [t / s.unsqueeze(-1) for t, s in zip(rows, sensitivities(x, probe), strict=True)] if len(probe) else rows
+
+def scale_of(x: Tensor, probe: Tensor) -> Tensor | None:
+    """The same as the kernels take it: [..., masks]."""
+    return sensitivity(x, probe) if len(probe) else None
 
 
 def weighed(z: Tensor, x: Tensor, probe: Tensor) -> Tensor:

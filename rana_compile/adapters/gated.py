@@ -3,8 +3,9 @@
     g = W_gate (m_in * x) + b;   a = act(g);   m_j = not (abs(a_j) < gate_threshold_j);   up_j = m_j · (W_up x + b)_j
 
 A dead row leaves a zero in the hidden vector, which ``down`` may skip too. The gate has a neuron adapter's mask:
-``threshold`` [1, d_in]; ``gate_threshold`` [h]; both float32, and both divided by what a ``probe`` [2, d_in + 1]
-predicts for the token, if there is one (else [0, …]). For sites of kind ``gate_up`` whose activation is known.
+``threshold`` [1, d_in]; ``gate_threshold`` [h]; both float32. What is compared with them is multiplied by what a
+``probe`` [2, d_in + 1] predicts for the token, if there is one (else [0, …]). For sites of kind ``gate_up`` whose
+activation is known.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rana_compile.adapters.base import Biases, Mask, Tensors, token_thresholds, weighed
+from rana_compile.adapters.base import Biases, Mask, Tensors, scale_of, scales, weighed
 from rana_compile.adapters.neuron import probe_shape, scaled_row
-from rana_compile.kernels.reference import ACTIVATIONS, apply_threshold
+from rana_compile.kernels.reference import ACTIVATIONS, apply_threshold, is_small, without
 from rana_compile.types import Site
 
 
@@ -42,8 +43,8 @@ class Gated:
         return Mask(weighed(activated, x, t["probe"][1:]), t["gate_threshold"])
 
     def _gate(self, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors) -> Tensor:
-        (threshold,) = token_thresholds(x, tensors["threshold"], tensors["probe"][:1])
-        return F.linear(apply_threshold(x, threshold), weights[0], biases[0])
+        (scale,) = scales(x, tensors["probe"][:1], 1)
+        return F.linear(apply_threshold(x, tensors["threshold"][0], scale), weights[0], biases[0])
 
     def _activated(self, site: Site, gate: Tensor) -> Tensor:
         assert site.activation is not None
@@ -58,10 +59,9 @@ class Gated:
         self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors
     ) -> tuple[Tensor, ...]:
         gate = self._gate(x, weights, biases, tensors)
-        (threshold,) = token_thresholds(x, tensors["gate_threshold"][None], tensors["probe"][1:])
-        dead = self._activated(site, gate).abs() < threshold
-        up = F.linear(x, weights[1], biases[1])
-        return gate, torch.where(dead, torch.zeros((), dtype=up.dtype, device=up.device), up)
+        (scale,) = scales(x, tensors["probe"][1:], 1)
+        dead = is_small(self._activated(site, gate), tensors["gate_threshold"], scale)
+        return gate, without(F.linear(x, weights[1], biases[1]), dead)
 
     def pack(self, site: Site, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
         gate_t = weights[0].t().contiguous()  # [d_in, h]
@@ -77,14 +77,9 @@ class Gated:
         return packed["gate_weight_t"].t(), packed["up_weight"]
 
     def decode(self, site: Site, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
+        names = ("threshold", "gate_weight_t", "gate_threshold", "up_weight")
         return torch.ops.rana.gated_up(
-            x,
-            _row_threshold(x, packed["threshold"], packed["probe"][:1]),
-            packed["gate_weight_t"],
-            _row_threshold(x, packed["gate_threshold"], packed["probe"][1:]),
-            packed["up_weight"],
-            bias,
-            site.activation,
+            x, *(packed[name] for name in names), bias, site.activation, scale_of(x, packed["probe"])
         )
 
     def fixed_flops(self, site: Site, tensors: Tensors) -> float:
@@ -92,8 +87,3 @@ class Gated:
 
     def mask_flops(self, site: Site) -> tuple[float, ...]:
         return 2.0 * site.d_outs[0], 2.0 * site.d_in
-
-
-def _row_threshold(x: Tensor, threshold: Tensor, probe: Tensor) -> Tensor:
-    """Thresholds [n] of one mask for the kernels: with a probe, those of the one row x [..., d]."""
-    return token_thresholds(x, threshold[None], probe)[0].reshape(threshold.shape)

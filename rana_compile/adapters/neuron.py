@@ -1,9 +1,9 @@
 """Neuron adapter: skip inputs whose importance ``abs(x_j)·c_j`` is below the threshold (TEAL, WINA).
 
 T is the identity and A the weight itself, so the weights stay the user's. Each linear of a stack has a mask of its
-own: ``threshold`` [linears, d_in] (``t / c_j``, float32). With a ``probe`` [linears, d_in + 1] (or none: [0, …]) it is
-divided by the sensitivity predicted for the token, so that tokens the loss cares about keep more. Also the paper's
-adapter for down_proj (METHOD.md, algorithm 2).
+own: ``threshold`` [linears, d_in] (``t / c_j``, float32). With a ``probe`` [linears, d_in + 1] (or none: [0, …])
+importance is multiplied by the sensitivity predicted for the token, so that tokens the loss cares about keep more. Also
+the paper's adapter for down_proj (METHOD.md, algorithm 2).
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rana_compile.adapters.base import Biases, Mask, Tensors, one_product, sensitivity, stack, token_thresholds, weighed
+from rana_compile.adapters.base import Biases, Mask, Tensors, one_product, scale_of, scales, stack, weighed
 from rana_compile.kernels.reference import apply_threshold
 from rana_compile.types import Site
 
@@ -37,8 +37,8 @@ class Neuron:
     def forward(
         self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors
     ) -> tuple[Tensor, ...]:
-        thresholds = token_thresholds(x, tensors["threshold"], tensors["probe"])
-        masked = [apply_threshold(x, t) for t in thresholds]
+        factors = scales(x, tensors["probe"], len(weights))
+        masked = [apply_threshold(x, t, s) for t, s in zip(tensors["threshold"].unbind(), factors, strict=True)]
         if "weight_t" in tensors:
             return one_product(masked, tensors["weight_t"], biases, site.d_outs)
         return tuple(F.linear(z, w, b) for z, w, b in zip(masked, weights, biases, strict=True))
@@ -51,8 +51,7 @@ class Neuron:
         return packed["weight_t"].t().split(list(site.d_outs))
 
     def decode(self, site: Site, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
-        probe, parts = packed["probe"], list(site.d_outs)
-        scale = sensitivity(x, probe) if len(probe) else None
+        parts, scale = list(site.d_outs), scale_of(x, packed["probe"])
         return torch.ops.rana.masked_linear(x, packed["threshold"], packed["weight_t"], bias, parts, scale)
 
     def fixed_flops(self, site: Site, tensors: Tensors) -> float:

@@ -17,10 +17,10 @@ from torch import Tensor
 from rana_compile.kernels import ops, reference
 from rana_compile.types import RanaError
 
-# after a slash: with a mask for each part of the columns, and thresholds scaled for each row
+# after a slash: with a mask for each part of the columns, and with magnitudes scaled for each row
 OPS = (
     *("linear", "masked_linear", "masked_linear/parts", "masked_linear/scale", "rank_linear"),
-    *("gated_mlp", "gated_mlp/parts", "gated_mlp/scale", "gated_up"),
+    *("gated_mlp", "gated_mlp/parts", "gated_mlp/scale", "gated_up", "gated_up/scale"),
 )
 IMPLEMENTATIONS = [
     *((op, "reference") for op in OPS),
@@ -87,6 +87,7 @@ def arguments(
             *(threshold(d_in, 1.0), normal(d_in, inner), threshold(inner, 0.3)),
             *(normal(d_in, inner).t().contiguous(), maybe(2 * inner), "silu"),
         ],
+        "gated_up/scale": lambda: [*rest["gated_up"](), scale(2)],
     }
     return [x, *rest[op]()]
 
