@@ -102,12 +102,15 @@ def gated_up(
     check_activation(activation)
     h, d = up_weight.shape
     _check(x, up_weight, d, h, None)
-    if gate_threshold.shape != (h,) or gate_threshold.dtype != torch.float32:
-        raise RanaError(f"expected a float32 gate threshold of {h} elements, got {tuple(gate_threshold.shape)}")
+    if gate_threshold.shape != (h,) or gate_threshold.dtype != torch.float32 or not gate_threshold.is_contiguous():
+        raise RanaError(
+            f"expected a contiguous float32 gate threshold of {h} elements, got {tuple(gate_threshold.shape)} of "
+            f"{gate_threshold.dtype}"
+        )
     if bias is not None and (bias.dtype != x.dtype or bias.shape != (2 * h,)):
         raise RanaError(f"expected a bias of {2 * h} elements of {x.dtype}")
     _check_scale(scale, x, 2)
-    if x.numel() != d or not h:
+    if x.numel() != d or not h * d:
         return reference.gated_up(x, threshold, gate_weight_t, gate_threshold, up_weight, bias, activation, scale)
     biases = (None, None) if bias is None else bias.chunk(2)
     scales = (None, None) if scale is None else scale.split(1, dim=-1)  # of one row, and so contiguous
@@ -180,7 +183,7 @@ def _run(
     blocks = _blocks(parts or (weight_t.shape[1],), tile.columns)
     last, begin, end = blocks[-1]
     grid = (last + triton.cdiv(end - begin, tile.columns), split)
-    part = triton.cdiv(d, split)
+    part = 64 * triton.cdiv(d, 64 * split)  # every program's first row is aligned
     apart = gate or split > 1  # the sums are combined by another program
     entries = z.new_empty((grid[0] * split, rows, part), dtype=torch.int64)
     sums = z.new_empty((split, rows, ld), dtype=torch.float32) if apart else out
@@ -193,7 +196,7 @@ def _run(
         ahead = {"EARLY": tuning.early_rows(grid[0] * split, row, part), "AHEAD": tuning.AHEAD_BYTES // row}
     _launch(programs.masked_gemv, grid, *args, **shape, **config, **ahead)
     if apart:
-        block_n = min(32, 2048 // triton.next_power_of_2(split))  # a warp's registers
+        block_n = max(1, min(32, 2048 // triton.next_power_of_2(split)))  # a warp's registers
         grid = (triton.cdiv(cols, block_n), rows)
         shared: dict[str, Any] = {"ACTIVATION": activation if gate else None, "SPLIT": split}
         _launch(programs.add_parts, grid, sums, bias, out, rows, cols, ld, BLOCK_N=block_n, num_warps=1, **shared)

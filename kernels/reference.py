@@ -27,17 +27,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def is_small(z: Tensor, threshold: Tensor, scale: Tensor | None = None) -> Tensor:
+def is_dropped(z: Tensor, threshold: Tensor, scale: Tensor | None = None) -> Tensor:
     """Whether the magnitudes of ``z`` [..., d], times the row's ``scale`` [...], are below ``threshold`` [d].
 
-    Threshold and scale are float32, and so is what is compared.
+    Threshold and scale are float32, and so is what is compared unless ``z`` is float64.
     """
     return (z.abs() if scale is None else z.abs() * scale[..., None]) < threshold
 
 
 def apply_threshold(z: Tensor, threshold: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Zero the coordinates of ``z`` that are small."""
-    return without(z, is_small(z, threshold, scale))
+    """Zero the coordinates of ``z`` that the mask drops."""
+    return without(z, is_dropped(z, threshold, scale))
 
 
 def without(z: Tensor, dropped: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def gated_up(
     check_activation(activation)
     biases = (None, None) if bias is None else bias.chunk(2)
     gate = masked_linear(x, threshold, gate_weight_t, biases[0], scale=None if scale is None else scale[..., :1])
-    dead = is_small(ACTIVATIONS[activation](gate), gate_threshold, of_mask(scale, 1))
+    dead = is_dropped(ACTIVATIONS[activation](gate), gate_threshold, of_mask(scale, 1))
     return torch.cat([gate, without(linear(x, up_weight, biases[1]), dead)], dim=-1)
 
 

@@ -78,6 +78,16 @@ def _prefetch_first(block, ld, begin, end, COUNT: tl.constexpr, LINES: tl.conste
 
 
 @triton.jit
+def _level(ready, threshold, k, end, CHUNK: tl.constexpr, READY: tl.constexpr):
+    """Thresholds at ``k``, of which those of the first READY chunks are there."""
+    if CHUNK < READY:
+        level = ready[CHUNK]
+    else:
+        level = tl.load(threshold + k, mask=k < end, other=float("inf"))
+    return level
+
+
+@triton.jit
 def _list_live(
     z, threshold, scale, entries, block, d, ld, begin, end, masks,
     PART: tl.constexpr, BATCH: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
@@ -95,9 +105,10 @@ def _list_live(
     SENT: tl.constexpr = EARLY if PDL else 0
     CHUNK: tl.constexpr = min(triton.next_power_of_2(PART), WARPS * 256)
     CHUNKS: tl.constexpr = triton.cdiv(PART, CHUNK)
+    READY: tl.constexpr = min(CHUNKS, 2)  # chunks whose thresholds are read before the wait: more would spill
     places = begin + tl.arange(0, CHUNK)
     thresholds = ()
-    for c in tl.static_range(CHUNKS):
+    for c in tl.static_range(READY):
         k = places + c * CHUNK
         thresholds = thresholds + (tl.load(threshold + k, mask=k < end, other=float("inf")),)
     _prefetch_first(block, ld, begin, end, SENT, LINES, LINE)
@@ -106,6 +117,7 @@ def _list_live(
         tl.extra.cuda.gdc_launch_dependents()
     for c in tl.static_range(CHUNKS):
         k = places + c * CHUNK
+        level = _level(thresholds, threshold, k, end, c, READY)
         live = k < 0
         values = ()
         for b in tl.static_range(BATCH):
@@ -113,7 +125,7 @@ def _list_live(
             size = tl.abs(v)
             if scale is not None:
                 size *= tl.load(scale + b * masks)
-            v = tl.where(size < thresholds[c], 0.0, v)
+            v = tl.where(size < level, 0.0, v)
             values = values + (v,)
             live = live | (v != 0.0)
         if c * CHUNK < AHEAD:

@@ -27,8 +27,9 @@ log = logging.getLogger(__name__)
 
 BEYOND_CACHES = 2**28  # bytes of weights that take turns
 SMALL = 2**20  # bytes of a weight below which launches, not bytes, are what costs
-PROGRAMS = (1000, 1900)  # what keeps the memory busy on about 132 multiprocessors; a thousand take 1.2 µs to start
-ROWS = tuple(2**i for i in range(6, 14))  # of the weight, of a program: a list is made of 256 at a time
+PROGRAMS = (1000, 2000)  # what keeps the memory busy on about 132 multiprocessors; each thousand takes 1.2 µs to start
+ROWS = (64, 128, 256, 512, 1024)  # of the weight, of a program; more would not fit in registers
+LIST = 256  # rows that a warp lists at a time
 
 
 class Tile(NamedTuple):
@@ -84,14 +85,16 @@ def measured(case: Case, run: Run) -> Measured:
 
 
 def candidates(case: Case) -> Iterator[Tile]:
-    """Cuts into about as many programs as the multiprocessors take; one of each kind at least: the nearest."""
+    """Cuts into about as many programs as the multiprocessors take, or the nearest; of wide weights, short ones too."""
     width = 2 * case.cols if case.gate else case.cols
     splits = sorted({triton.cdiv(case.d, rows) for rows in ROWS})
     for columns, depth, warps in CUTS:
         blocks = triton.cdiv(width, columns)
         busy = [s for s in splits if PROGRAMS[0] <= blocks * s <= PROGRAMS[1]]
         nearest = min(splits, key=lambda s: abs(math.log(blocks * s / PROGRAMS[0])))
-        yield from (Tile(columns, depth, warps, s) for s in busy or [nearest])
+        short = triton.cdiv(case.d, LIST)
+        chosen = {*(busy or [nearest]), *([short] if blocks * short > PROGRAMS[1] else [])}
+        yield from (Tile(columns, depth, warps, s) for s in sorted(chosen))
 
 
 def early_rows(programs: int, row_bytes: int, rows: int) -> int:
@@ -101,7 +104,18 @@ def early_rows(programs: int, row_bytes: int, rows: int) -> int:
 
 def _file(case: Case) -> Path:
     name = torch.cuda.get_device_name(case.device)
-    of = (name, triton.__version__, torch.__version__, tuple(case)[:-1], CUTS, PROGRAMS, ROWS, EARLY_BYTES, AHEAD_BYTES)
+    of = (
+        name,
+        triton.__version__,
+        torch.__version__,
+        tuple(case)[:-1],
+        CUTS,
+        PROGRAMS,
+        ROWS,
+        LIST,
+        EARLY_BYTES,
+        AHEAD_BYTES,
+    )
     return wanted_directory() / f"masked_{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.json"
 
 

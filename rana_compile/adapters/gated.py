@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rana_compile.adapters.base import Biases, Mask, Tensors, scale_of, scales, weighed
 from rana_compile.adapters.neuron import probe_shape, scaled_row
-from rana_compile.kernels.reference import ACTIVATIONS, apply_threshold, is_small, without
+from rana_compile.kernels.reference import ACTIVATIONS, apply_threshold, is_dropped, without
 from rana_compile.types import Site
 
 
@@ -60,14 +60,14 @@ class Gated:
     ) -> tuple[Tensor, ...]:
         gate = self._gate(x, weights, biases, tensors)
         (scale,) = scales(x, tensors["probe"][1:], 1)
-        dead = is_small(self._activated(site, gate), tensors["gate_threshold"], scale)
+        dead = is_dropped(self._activated(site, gate), tensors["gate_threshold"], scale)
         return gate, without(F.linear(x, weights[1], biases[1]), dead)
 
     def pack(self, site: Site, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
         gate_t = weights[0].t().contiguous()  # [d_in, h]
         return {
             "threshold": tensors["threshold"][0].contiguous(),
-            "gate_threshold": tensors["gate_threshold"],
+            "gate_threshold": tensors["gate_threshold"].contiguous(),
             "probe": tensors["probe"],
             "gate_weight_t": gate_t,
             "up_weight": weights[1].contiguous(),

@@ -3,7 +3,6 @@
 The interpreter must be chosen before Triton is imported, so its tests run in processes of their own.
 """
 
-import itertools
 import os
 import re
 import subprocess
@@ -63,16 +62,16 @@ def test_activations_and_tiles(rows: int, activation: str | None) -> None:
     from rana_compile.kernels import cuda
     from rana_compile.kernels.tuning import CUTS, USUAL, Case, Tile
 
-    d, ld = 300, 100
+    d, ld = 600, 100  # three lists to a program of one warp
     cols = ld // 2 if activation else ld
     z, threshold = torch.randn(rows, d, device=DEVICE), torch.rand(d, device=DEVICE)
-    weight_t, bias = torch.randn(d, ld, device=DEVICE) / 17, torch.randn(ld, device=DEVICE)
+    weight_t, bias = torch.randn(d, ld, device=DEVICE) / 25, torch.randn(ld, device=DEVICE)
     expected = reference.masked_linear(z, threshold, weight_t, bias)
     if activation:
         expected = reference.gated(expected, activation)
     case = Case(rows, d, cols, activation is not None, z.dtype, z.device)
     cuts = CUTS if activation in (None, "silu") else ()
-    for tile in (USUAL, *(Tile(*cut, split) for cut, split in zip(cuts, itertools.cycle((1, 5)), strict=False))):
+    for tile in (USUAL, *(Tile(*cut, split) for cut in cuts for split in (1, 5))):
         out = torch.full((rows, cols), torch.nan, device=DEVICE)
         cuda._run(tile, case, z, threshold, weight_t, out, bias, activation or "silu")
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
@@ -94,7 +93,7 @@ def test_parts_and_tiles(rows: int, parts: tuple[int, ...]) -> None:
     expected = reference.masked_linear(z, threshold, weight_t, None, parts, scale)
     case = Case(rows, d, ld, False, z.dtype, z.device)
     for tile in (USUAL, *(Tile(*cut, 5 if rows == 1 else 1) for cut in CUTS)):
-        poison = [torch.full((n,), torch.nan, device=DEVICE) for n in (rows * ld, 5 * rows * ld, 152, 304) * 2]
+        poison = [torch.full((n,), torch.nan, device=DEVICE) for n in (rows * ld, 5 * rows * ld, 320, 640) * 2]
         del poison  # the allocator likes to give freed memory again
         out = torch.full((rows, ld), torch.nan, device=DEVICE)
         cuda._run(tile, case, z, threshold, weight_t, out, parts=parts, scale=scale)
@@ -113,6 +112,12 @@ MASKED = {
     "ld": "i32",
 }
 PARTS = {"parts": "*fp32", "bias": "*T", "out": "*T", "rows": "i32", "cols": "i32", "ld": "i32"}
+LIVE = {"x": "*T", "gate": "*T", "threshold": "*fp32", "scale": "*fp32"} | {
+    "weight": "*T",
+    "bias": "*T",
+    "out": "*T",
+    "h": "i32",
+}
 DENSE = {"x": "*T", "weight": "*T", "bias": "*T", "out": "*T", "d_out": "i32"}
 
 
@@ -157,7 +162,7 @@ def assert_no_spills(cubin: bytes, folder: Path, stack: int = 0) -> None:
 def test_masked_gemv_compiles_without_spills(rows: int, dtype: str, architecture: int, tmp_path: Path) -> None:
     import triton
 
-    from rana_compile.kernels.tuning import CUTS, Tile
+    from rana_compile.kernels.tuning import CUTS, ROWS, Tile
 
     newer = (rows, dtype, architecture) == (2, "fp32", 90) and torch.torch_version.TorchVersion(triton.__version__) >= (
         3,
@@ -165,7 +170,7 @@ def test_masked_gemv_compiles_without_spills(rows: int, dtype: str, architecture
     )
     for tile in (Tile(*cut, 8) for cut in CUTS):
         blocks = ((0, 0, 4096), (32, 4096, 5120), (40, 5120, 6144))
-        constants = {"PARTS": blocks, "SUMS": True, "PART": 512, "BATCH": rows, "EARLY": 16, "AHEAD": 64}
+        constants = {"PARTS": blocks, "SUMS": True, "PART": ROWS[-1], "BATCH": rows, "EARLY": 16, "AHEAD": 64}
         shape = {"BLOCK_N": tile.columns, "DEPTH": tile.depth, "WARPS": tile.warps}
         types = MASKED | {"out": "*fp32"}
         assert_no_spills(
@@ -181,6 +186,8 @@ def test_the_other_programs_compile_without_spills(architecture: int, tmp_path: 
     for split, columns in ((43, 32), (200, 8)):
         parts = {"ACTIVATION": "gelu", "SPLIT": split, "BLOCK_N": columns}
         assert_no_spills(machine_code(architecture, "add_parts", PARTS, "fp16", 1, **parts), tmp_path)
+    live = {"ACTIVATION": "silu", "D": 4096, "BLOCK_N": 4, "BLOCK_K": 1024}
+    assert_no_spills(machine_code(architecture, "live_gemv", LIVE, "fp16", 4, **live), tmp_path)
     dense = {"D": 4096, "BLOCK_N": 1, "BLOCK_K": 4096}
     assert_no_spills(machine_code(architecture, "gemv", DENSE, "fp16", 8, **dense), tmp_path)
 
@@ -228,11 +235,11 @@ def test_candidates_keep_the_device_busy_and_there_is_always_one() -> None:
     def splits(*shape: Any) -> list[int]:
         return [t.split for t in tuning.candidates(tuning.Case(*shape, torch.bfloat16, torch.device("cuda", 0)))]
 
-    assert splits(1, 4096, 12288, False) == splits(2, 4096, 12288, False) == [16, 16, 8]
-    assert splits(1, 4096, 11008, True) == [8, 8, 4]  # twice as many columns
-    assert splits(1, 11008, 4096, False) == [43, 43, 22]  # programs of 256 rows, 512
+    assert splits(1, 4096, 12288, False) == splits(2, 4096, 12288, False) == [16, 16, 8, 16]
+    assert splits(1, 4096, 11008, True) == [8, 16, 8, 16, 4, 16]  # twice as many columns: programs of 256 rows too
+    assert splits(1, 11008, 4096, False) == [43, 43, 22, 43]
     assert splits(1, 4096, 1024, False) == [64, 64, 64]  # too few columns: as many parts as there may be
-    assert splits(1, 4096, 10**6, False) == [1, 1, 1]  # more than enough
+    assert splits(1, 4096, 128256, False) == [4, 16] * 3  # more than enough: no program lists more than 1024 rows
     assert splits(1, 64, 48, False) == [1, 1, 1]
 
 
