@@ -11,7 +11,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_causal(
-    name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", text: bool = True
 ) -> tuple[Any, Any]:
     """(model, tokenizer), ready for inference: evaluation mode, parameters without gradients.
 
@@ -19,6 +19,7 @@ def load_causal(
         name: a directory as ``save_pretrained`` writes it, or with one GGUF file; a GGUF file, beside which a
             ``tokenizer.json`` is preferred to what the file holds; else a name on the hub.
         dtype: of the weights; those of a GGUF file are decoded to it.
+        text: False: no tokenizer is needed, and None comes in its place.
 
     Raises:
         ConfigError: there is no such model, or a directory holds none or several.
@@ -31,7 +32,7 @@ def load_causal(
     try:
         model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **extra)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place, **({} if own else extra))
+            tokenizer = AutoTokenizer.from_pretrained(place, **({} if own else extra)) if text else None
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{str(name)!r} holds a model, but no tokenizer that can be read; put one beside it with "

@@ -16,7 +16,7 @@ from rana_compile.types import ConfigError
 
 def run(settings: argparse.Namespace, screen: Screen) -> int:
     plan = None if settings.plan is None else Plan.load(settings.plan)
-    model, _ = load(settings, screen)
+    model, _ = load(settings, screen, text=False)
     if plan is not None:
         plan.check(model)
     ids = torch.zeros(1, settings.rows, dtype=torch.long, device=settings.device)

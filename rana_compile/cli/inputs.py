@@ -14,10 +14,12 @@ from rana_compile.text import read_texts, windows_of
 from rana_compile.types import ConfigError
 
 
-def load(settings: argparse.Namespace, screen: Screen) -> tuple[Any, Any]:
-    """(model, tokenizer) as the command line names them."""
+def load(settings: argparse.Namespace, screen: Screen, text: bool = True) -> tuple[Any, Any]:
+    """(model, tokenizer) as the command line names them; None for the tokenizer of a command that reads no ``text``."""
     from transformers.utils import logging
 
+    for files in ("text", "test_text"):
+        read_texts(getattr(settings, files, None) or ())  # before minutes of loading
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -26,7 +28,7 @@ def load(settings: argparse.Namespace, screen: Screen) -> tuple[Any, Any]:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {settings.device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     with screen.stage(f"loading {settings.model}"):
-        return load_causal(settings.model, getattr(torch, settings.dtype), device)
+        return load_causal(settings.model, getattr(torch, settings.dtype), device, text)
 
 
 def windows(settings: argparse.Namespace, tokenizer: Any, screen: Screen, files: Sequence[Path], tokens: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Each command on a tiny model in a directory: what it prints, what it writes, and the exit status."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ def test_bench_takes_turns_and_checks(model_directory: Path, plan: Path, documen
     assert found["agreement"] >= 0.9
     status, found = document(*arguments, "--min-speedup", "1e9")
     assert status == 1 and "less than 1000000000.0" in found["failed"][0]
+
+
+def test_explain_needs_no_tokenizer(model_directory: Path, plan: Path, document: Any, tmp_path: Path) -> None:
+    bare = shutil.copytree(model_directory, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*"))
+    status, found = document("explain", bare, "--plan", plan)
+    assert status == 0 and len(found["sites"]) > 4
 
 
 def test_explain_lists_sites(model_directory: Path, plan: Path, document: Any) -> None:

@@ -30,14 +30,17 @@ def test_the_parser_is_made_without_torch() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["calibrate", "{model}", "--text", "{none}", "-o", "{out}"], "cannot read the text"),
+        (["calibrate", "{none}", "--text", "{none}", "-o", "{out}"], "cannot read the text"),  # before any model
         (["calibrate", "{none}", "--text", "{text}", "-o", "{out}"], "not a directory, hub name or GGUF file"),
         (["calibrate", "{text}", "--text", "{text}", "-o", "{out}"], "is a file, but no GGUF file"),
         (["calibrate", "{empty}", "--text", "{text}", "-o", "{out}"], "no config.json and 0 GGUF files"),
         (["calibrate", "{model}", "--text", "{text}", "--length", "99999", "-o", "{out}"], "fewer than 99999 tokens"),
         (["calibrate", "{model}", "--text", "{text}", "--flops-budget", "1.5", "-o", "{out}"], "a share in (0, 1]"),
         (["calibrate", "{model}", "--text", "{text}", "--length", "32", "--exclude", "typo", "-o", "{out}"], "typo"),
-        (["explain", "{bare}"], "'{bare}' holds a model, but no tokenizer that can be read; put one beside it"),
+        (
+            ["calibrate", "{bare}", "--text", "{text}", "-o", "{out}"],
+            "'{bare}' holds a model, but no tokenizer that can be read; put one beside it",
+        ),
         (["show", "{none}"], "no plan at"),
         (["show", "{text}"], "not a readable plan"),
         (["show", "{plan}", "--model", "{model}"], "give --html FILE too"),
