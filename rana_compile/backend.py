@@ -107,7 +107,7 @@ def adapt_graph(
         refresh.append((bound, places))
     masked = sum(low.decode and low.family != "dense" for low in lowerings)
     changed = sum(low.family != "dense" for low in lowerings)
-    told = "adapted %d of %d sites in a graph: %d through masked kernels, %d in the masked dense form"
+    told = "adapted %d of %d sites in a graph: %d through masked kernels, %d in the plain masked form"
     log.info(told, changed, len(matches), masked, changed - masked)
     adapted = rewrite(gm, fuse_gated_mlps(lowerings)) if lowerings else copy_dynamo_graph(gm)[0]
     if lowerings and options.compiler == "inductor" and not torch.is_grad_enabled():
