@@ -14,7 +14,7 @@ import rana_compile
 from rana_compile import Plan
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.append(str(EXAMPLES))
+sys.path.append(str(EXAMPLES))  # for tiny_models; last, since both folders have an inputs.py and ours is this one
 PROSE = "the quick brown fox jumps over a lazy dog, and then {} times it sleeps in the sun by the river. "
 VOCABULARY = 128
 WIDTH = 512
@@ -72,7 +72,7 @@ def example(log: Path, name: str, *arguments: str) -> None:
     from torch._inductor import compile_fx
 
     silenced(log)
-    sys.path.insert(0, str(EXAMPLES))
+    sys.path.insert(0, str(EXAMPLES))  # a script finds what lies beside it first, as if it were run by hand
     compile_fx.compile_fx = lambda gm, inputs, **_: gm
     sys.argv = [name, *arguments]
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")

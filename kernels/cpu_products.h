@@ -3,8 +3,8 @@
 //   z, thresholds ─▶ masked x and the list of live rows, part by part ─▶ tasks of equal cost ─▶ float32 sums ─▶ bias ─▶ y
 //
 // The masked product walks the live rows of weight_t [d, d_out] eight at a time, so that eight streams are in flight, and
-// prefetches some kilobytes ahead of them; each task owns a range of output columns, so no atomics, and every output is summed in the
-// same order whatever the number of threads.
+// prefetches some kilobytes ahead of them; each task owns a range of output columns, so no atomics, and every output is
+// summed in the same order whatever the number of threads.
 #pragma once
 #include <ATen/Parallel.h>
 
