@@ -1,10 +1,10 @@
-// CPU kernels of the rana ops for few rows (decode): arguments are checked here. Semantics: reference.py.
+// CPU kernels of the rana ops: arguments are checked here. Semantics: reference.py.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <optional>
 
-#include "cpu_products.h"
+#include "cpu_tiles.h"
 
 namespace {
 
@@ -37,17 +37,17 @@ void dispatch(at::ScalarType type, F&& f) {
     TORCH_CHECK(false, "rana kernels take float32, bfloat16 and float16, got ", type);
 }
 
-// Rows of a contiguous input, at most kMaxRows a time, each chunk through `f(x, rows, out)`.
+// Rows of a contiguous input, at most so many a time, each chunk through `f(x, rows, out)`.
 template <typename T, typename F>
-Tensor by_chunks(const Tensor& input, int64_t d_out, F&& f) {
+Tensor by_chunks(const Tensor& input, int64_t d_out, int64_t most, F&& f) {
   const Tensor x = input.contiguous();
   auto sizes = x.sizes().vec();
   const int64_t d = sizes.back();
   sizes.back() = d_out;
   Tensor out = at::empty(sizes, x.options());
   const int64_t rows = d_out == 0 ? 0 : out.numel() / d_out;
-  for (int64_t r = 0; r < rows; r += kMaxRows)
-    f(x.const_data_ptr<T>() + r * d, std::min(kMaxRows, rows - r), out.mutable_data_ptr<T>() + r * d_out);
+  for (int64_t r = 0; r < rows; r += most)
+    f(x.const_data_ptr<T>() + r * d, std::min(most, rows - r), out.mutable_data_ptr<T>() + r * d_out);
   return out;
 }
 
@@ -61,8 +61,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   Tensor out;
   dispatch(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    out = by_chunks<T>(x, weight.size(0), [&](const T* in, int64_t rows, T* y) {
-      dense_rows<T>(in, rows, weight.size(1), weight.const_data_ptr<T>(), weight.size(0), data<T>(bias), y);
+    out = by_chunks<T>(x, weight.size(0), kTogether, [&](const T* in, int64_t rows, T* y) {
+      dense_product<T>(in, rows, weight.size(1), weight.const_data_ptr<T>(), weight.size(0), data<T>(bias), y);
     });
   });
   return out;
@@ -101,8 +101,8 @@ Tensor masked_linear(const Tensor& z, const Tensor& threshold, const Tensor& wei
   Tensor out;
   dispatch(z.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    out = by_chunks<T>(z, weight_t.size(1), [&](const T* in, int64_t rows, T* y) {
-      masked_rows<T>(in, rows, weight_t.size(0), threshold.const_data_ptr<float>(), weight_t.const_data_ptr<T>(), parts,
+    out = by_chunks<T>(z, weight_t.size(1), kTogether, [&](const T* in, int64_t rows, T* y) {
+      masked_product<T>(in, rows, weight_t.size(0), threshold.const_data_ptr<float>(), weight_t.const_data_ptr<T>(), parts,
                      data<T>(bias), y, by);
       by = by.after(rows);
     });
@@ -120,10 +120,10 @@ Tensor rank_linear(const Tensor& x, const Tensor& basis, const Tensor& threshold
   Tensor out;
   dispatch(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    out = by_chunks<T>(x, weight_t.size(1), [&](const T* in, int64_t rows, T* y) {
+    out = by_chunks<T>(x, weight_t.size(1), kTogether, [&](const T* in, int64_t rows, T* y) {
       T* z = buffer<T, 2>(rows * r);
-      dense_rows<T>(in, rows, d, basis.const_data_ptr<T>(), r, nullptr, z);
-      masked_rows<T>(z, rows, r, threshold.const_data_ptr<float>(), weight_t.const_data_ptr<T>(), weight_t.size(1),
+      dense_product<T>(in, rows, d, basis.const_data_ptr<T>(), r, nullptr, z);
+      masked_product<T>(z, rows, r, threshold.const_data_ptr<float>(), weight_t.const_data_ptr<T>(), weight_t.size(1),
                      data<T>(bias), y);
     });
   });
@@ -149,14 +149,14 @@ Tensor gated_mlp(const Tensor& x, const Tensor& up_threshold, const Tensor& up_w
   Tensor out;
   dispatch(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    out = by_chunks<T>(x, down_weight_t.size(1), [&](const T* in, int64_t rows, T* y) {
+    out = by_chunks<T>(x, down_weight_t.size(1), kTogether, [&](const T* in, int64_t rows, T* y) {
       T* wide = buffer<T, 2>(rows * 2 * h);
       T* hidden = buffer<T, 3>(rows * h);
-      masked_rows<T>(in, rows, d, up_threshold.const_data_ptr<float>(), up_weight_t.const_data_ptr<T>(), columns,
+      masked_product<T>(in, rows, d, up_threshold.const_data_ptr<float>(), up_weight_t.const_data_ptr<T>(), columns,
                      data<T>(up_bias), wide, by);
       by = by.after(rows);
       gate(act, wide, rows, h, hidden);
-      masked_rows<T>(hidden, rows, h, down_threshold.const_data_ptr<float>(), down_weight_t.const_data_ptr<T>(),
+      masked_product<T>(hidden, rows, h, down_threshold.const_data_ptr<float>(), down_weight_t.const_data_ptr<T>(),
                      down_weight_t.size(1), data<T>(down_bias), y);
     });
   });
@@ -178,11 +178,11 @@ Tensor gated_up(const Tensor& x, const Tensor& threshold, const Tensor& gate_wei
   Tensor out;
   dispatch(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    out = by_chunks<T>(x, 2 * h, [&](const T* in, int64_t rows, T* y) {
+    out = by_chunks<T>(x, 2 * h, kMaxRows, [&](const T* in, int64_t rows, T* y) {
       const T* shift = data<T>(bias);
       for (int64_t r = 0; r < rows; ++r) {  // each row has a list of live outputs of its own
         T* row = y + r * 2 * h;
-        masked_rows<T>(in + r * d, 1, d, threshold.const_data_ptr<float>(), gate_weight_t.const_data_ptr<T>(), h, shift, row,
+        masked_product<T>(in + r * d, 1, d, threshold.const_data_ptr<float>(), gate_weight_t.const_data_ptr<T>(), h, shift, row,
                        by);
         live_rows<T>(in + r * d, d, act, row, gate_threshold.const_data_ptr<float>(), by.of(0, 1),
                      up_weight.const_data_ptr<T>(), h, shift ? shift + h : nullptr, row + h);

@@ -35,10 +35,11 @@ from rana_compile.types import RanaError, WriteError
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-HEADERS = tuple(SOURCE.with_name(name) for name in ("cpu_products.h", "cpu_vector.h"))
+HEADERS = tuple(SOURCE.with_name(name) for name in ("cpu_products.h", "cpu_tiles.h", "cpu_vector.h"))
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", "-std=c++20")
 ROOM = 1 << 21  # bytes that the library may take
-MAX_ROWS = 16  # input rows that share one pass over the weight
+FEW_ROWS = 16  # of an input, up to which each number is measured by itself; more as the next power of two
+MOST_ROWS = 256  # that the kernels take together (kTogether)
 SMALL = 2**16  # bytes of a weight below which calls, not bytes, are what costs
 BEYOND_CACHES = 2**27  # bytes of weights that take turns
 
@@ -70,16 +71,29 @@ def linear_is_faster(rows: int, d: int, d_out: int, dtype: torch.dtype) -> bool:
 
 
 def masked_is_faster(
-    rows: int, d: int, d_out: int, density: float, dtype: torch.dtype, device: torch.device, gated: bool
+    rows: int,
+    d: int,
+    d_out: int,
+    density: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    gated: bool,
+    before: int | None = None,
 ) -> bool:
-    """Whether the masked kernel, with this share of the coordinates live in some row, beats the library's product."""
-    return _is_faster("masked_linear", rows, d, d_out, density, dtype)
+    """Whether the masked kernel, with this share of the coordinates live in some row, beats the library's product.
+
+    ``before``: and the dense kernel, of a weight [d, before].
+    """
+    faster = _is_faster("masked_linear", rows, d, d_out, density, dtype)
+    return faster and (before is None or linear_is_faster(rows, before, d, dtype))
 
 
 def _is_faster(op: str, rows: int, d: int, d_out: int, density: float, dtype: torch.dtype) -> bool:
     compiler = find_compiler()
-    if not 1 < rows <= MAX_ROWS or d * d_out * dtype.itemsize < SMALL or compiler is None:
+    if rows == 1 or d * d_out * dtype.itemsize < SMALL or compiler is None:
         return rows == 1  # one row is faster at every shape measured, and its results do not depend on a measurement
+    if rows > FEW_ROWS:
+        rows = min(1 << (rows - 1).bit_length(), MOST_ROWS)
     found = _measured(op, rows, d, d_out, dtype, torch.get_num_threads(), compiler)
     return found.masked(density) < found.dense
 
@@ -97,7 +111,8 @@ def _measure(op: str, rows: int, d: int, d_out: int, dtype: torch.dtype) -> Meas
     cols = min(d_out, BEYOND_CACHES // (d * dtype.itemsize))
     own: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "device": "cpu", "dtype": torch.float32}
     first = torch.randn(d, cols, **own).to(dtype)
-    copies = min(64, -(-BEYOND_CACHES // (d * cols * dtype.itemsize)))
+    copies = min(64, -(-BEYOND_CACHES // (d * cols * dtype.itemsize)), max(4, 1024 // rows))
+    count = max(copies, min(8, 1024 // rows))
     weights = [first, *(first.clone() for _ in range(copies - 1))]
     z = torch.randn(rows, d, **own).to(dtype)
     every = torch.zeros(d, dtype=torch.float32, device="cpu")  # thresholds for every input
@@ -115,9 +130,9 @@ def _measure(op: str, rows: int, d: int, d_out: int, dtype: torch.dtype) -> Meas
         for _ in range(6):
             for call, each in zip(calls, times, strict=True):
                 begin = time.perf_counter()
-                for i in range(max(8, copies)):
+                for i in range(count):
                     call(weights[i % copies])
-                each.append((time.perf_counter() - begin) * 1e6 / max(8, copies) * d_out / cols)
+                each.append((time.perf_counter() - begin) * 1e6 / count * d_out / cols)
     *found, dense = (statistics.median(each[1:]) for each in times)
     return Measured((), found[0], found[-1], dense)
 

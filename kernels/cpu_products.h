@@ -156,21 +156,24 @@ inline int64_t boundary(const Part& part, int64_t before, int64_t total, int64_t
 }
 
 // z [rows, d], threshold [parts, d], weight [d, ld] -> out [rows, ld]; the parts' columns lie side by side.
+// False, with nothing done, if weight rows would be multiplied more than `limit` times on average.
 template <typename T>
-void masked_rows(const T* z, int64_t rows, int64_t d, const float* threshold, const T* weight, at::IntArrayRef columns,
-                 const T* bias, T* out, Scale scale = {}) {
+bool masked_rows(const T* z, int64_t rows, int64_t d, const float* threshold, const T* weight, at::IntArrayRef columns,
+                 const T* bias, T* out, Scale scale, int64_t limit) {
   const int64_t masks = static_cast<int64_t>(columns.size());
   float* x = buffer<float, 0>(masks * rows * d);
   int64_t* live = buffer<int64_t, 0>(masks * d);
   Part* parts = buffer<Part, 0>(masks);
-  int64_t ld = 0, total = 0;
+  int64_t ld = 0, total = 0, products = 0;
   for (int64_t m = 0; m < masks; ++m) {
     float* own = x + m * rows * d;
     const int64_t count = keep(z, rows, d, threshold + m * d, scale, m, own, live + m * d);
     parts[m] = {ld, columns[m], own, live + m * d, count};
     ld += columns[m];
     total += parts[m].cost();
+    products += rows * columns[m] * count;
   }
+  if (products > limit * ld * d) return false;
   const int64_t most = total * static_cast<int64_t>(sizeof(T)) / kMinBytes;
   const int64_t tasks = std::clamp<int64_t>(most, 1, at::get_num_threads());
   const int64_t tile = std::max(kStep, kTile / rows / kStep * kStep);
@@ -183,6 +186,7 @@ void masked_rows(const T* z, int64_t rows, int64_t d, const float* threshold, co
         masked_tile(part, rows, d, weight, ld, part.begin + begin, std::min(tile, to - begin), bias, out, acc);
     }
   });
+  return true;
 }
 
 // x in float32, in the order of load2.
@@ -251,10 +255,16 @@ void dense_rows(const T* x, int64_t rows, int64_t d, const T* weight, int64_t d_
 // hidden[c] = act(y[c]) * y[h + c], the activation rounded to T first, as the plain form does.
 template <typename T>
 void gate(Activation a, const T* y, int64_t rows, int64_t h, T* hidden) {
-  for (int64_t r = 0; r < rows; ++r, y += 2 * h, hidden += h)
-    by_lane(h, [&](int64_t c, int64_t n) {
-      store(hidden + c, as<T>(activate(a, load(y + c, n))) * load(y + h + c, n), n);
+  activated(a, [&](auto act) {
+    at::parallel_for(0, rows, grain(rows, rows * h * sizeof(T)), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        const T* row = y + r * 2 * h;
+        by_lane(h, [&](int64_t c, int64_t n) {
+          store(hidden + r * h + c, as<T>(activate<act.value>(load(row + c, n))) * load(row + h + c, n), n);
+        });
+      }
     });
+  });
 }
 
 // out[j] = weight[j] . x where the activated gate, times `by`, survives, else 0; x [d], weight [h, d].
@@ -262,15 +272,17 @@ template <typename T>
 void live_rows(const T* x, int64_t d, Activation a, const T* gate, const float* threshold, float by, const T* weight,
                int64_t h, const T* bias, T* out) {
   float* wide = buffer<float, 0>(d + h);
-  float* activated = wide + d;
+  float* gates = wide + d;
   widen(x, d, wide);
-  by_lane(h, [&](int64_t c, int64_t n) { store(activated + c, as<T>(activate(a, load(gate + c, n))), n); });
+  activated(a, [&](auto act) {
+    by_lane(h, [&](int64_t c, int64_t n) { store(gates + c, as<T>(activate<act.value>(load(gate + c, n))), n); });
+  });
   int64_t* live = buffer<int64_t, 0>(h);
   int64_t count = 0;
   for (int64_t j = 0; j < h; ++j) {
     out[j] = static_cast<T>(0.0f);
     live[count] = j;
-    count += !(std::fabs(activated[j]) * by < threshold[j]);
+    count += !(std::fabs(gates[j]) * by < threshold[j]);
   }
   at::parallel_for(0, count, grain(count, count * d * sizeof(T)), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i += kLiveGroup) {

@@ -3,8 +3,10 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 namespace {
 
@@ -85,6 +87,32 @@ inline float sum(Floats v) {
   return (f[0][0] + f[0][2]) + (f[0][1] + f[0][3]);
 }
 
+// Alternate numbers of the lower (upper) halves of a and b.
+#ifdef __clang__
+#define RANA_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define RANA_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
+#endif
+inline Floats lower(Floats a, Floats b) {
+  return RANA_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+inline Floats upper(Floats a, Floats b) {
+  return RANA_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#undef RANA_SHUFFLE
+
+// kLane vectors as rows of a square -> its columns: halves zipped, as often as kLane has bits.
+inline void transpose(Floats* v) {
+  for (int64_t round = 1; round < kLane; round *= 2) {
+    Floats zipped[kLane];
+    for (int64_t i = 0; i < kLane / 2; ++i) {
+      zipped[2 * i] = lower(v[i], v[i + kLane / 2]);
+      zipped[2 * i + 1] = upper(v[i], v[i + kLane / 2]);
+    }
+    std::copy(zipped, zipped + kLane, v);
+  }
+}
+
 // exp for |v| up to 87, else saturated; relative error below 2e-7. Remez polynomial of 2^f on [-1/2, 1/2].
 inline Floats exponential(Floats v) {
   v = v < 87.0f ? v : Floats{} + 87.0f;
@@ -107,18 +135,29 @@ Activation activation_of(c10::string_view name) {
   TORCH_CHECK(false, "unknown activation '", name, "'; known: silu, gelu, gelu_tanh, relu");
 }
 
-inline Floats activate(Activation a, Floats v) {
-  if (a == Activation::kSilu) return v / (1.0f + exponential(-v));
-  if (a == Activation::kGeluTanh) {  // tanh(u) = 1 - 2 / (exp(2u) + 1)
+template <Activation A>
+inline Floats activate(Floats v) {
+  if constexpr (A == Activation::kSilu) {
+    return v / (1.0f + exponential(-v));
+  } else if constexpr (A == Activation::kGeluTanh) {  // tanh(u) = 1 - 2 / (exp(2u) + 1)
     const Floats u = 0.7978845608f * (v + 0.044715f * v * v * v);
     return v * (1.0f - 1.0f / (exponential(2.0f * u) + 1.0f));
-  }
-  if (a == Activation::kGelu) {
+  } else if constexpr (A == Activation::kGelu) {
     Floats y;
     for (int i = 0; i < kLane; ++i) y[i] = 0.5f * v[i] * (1.0f + std::erf(v[i] * 0.7071067812f));
     return y;
+  } else {
+    return v < 0.0f ? Floats{} : v;  // NaN is kept
   }
-  return v < 0.0f ? Floats{} : v;  // NaN is kept
+}
+
+// f(tag), with a loop of its own for each activation: activate<tag.value>(v).
+template <typename F>
+inline void activated(Activation a, F&& f) {
+  if (a == Activation::kSilu) return f(std::integral_constant<Activation, Activation::kSilu>{});
+  if (a == Activation::kGeluTanh) return f(std::integral_constant<Activation, Activation::kGeluTanh>{});
+  if (a == Activation::kGelu) return f(std::integral_constant<Activation, Activation::kGelu>{});
+  f(std::integral_constant<Activation, Activation::kRelu>{});
 }
 
 // f(c, n) for the vectors of [0, count): n is kLane, but for the last.
@@ -145,12 +184,32 @@ inline void store(T* p, Floats v, int64_t n) {
   std::memcpy(p, some, n * sizeof(T));
 }
 
+// Numbers that T has: nothing to round.
+template <typename T>
+inline void store_exact(T* p, Floats v, int64_t n) {
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    if (n == kLane) {
+      *reinterpret_cast<Halves*>(p) = __builtin_convertvector(bits(v) >> 16, Halves);
+      return;
+    }
+  }
+  store(p, v, n);
+}
+
 // What T keeps of v.
 template <typename T>
-inline Floats as(Floats v) {
-  T some[kLane];
-  store(some, v);
-  return load(some);
+inline Floats as(Floats v);
+template <>
+inline Floats as<float>(Floats v) {
+  return v;
+}
+template <>
+inline Floats as<at::BFloat16>(Floats v) {
+  return reinterpret_cast<Floats>(rounded(v) & 0xffff0000u);
+}
+template <>
+inline Floats as<at::Half>(Floats v) {
+  return __builtin_convertvector(__builtin_convertvector(v, Float16s), Floats);
 }
 
 }  // namespace

@@ -219,9 +219,19 @@ def linear_is_faster(rows: int, *_: Any) -> bool:
 
 
 def masked_is_faster(
-    rows: int, d: int, d_out: int, density: float, dtype: torch.dtype, device: torch.device, gated: bool
+    rows: int,
+    d: int,
+    d_out: int,
+    density: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    gated: bool,
+    before: int | None = None,
 ) -> bool:
-    """Whether the masked kernel, with this share of the coordinates live in some row, beats the library's product."""
+    """Whether the masked kernel, with this share of the coordinates live in some row, beats the library's product.
+
+    A dense product ``before`` it is the library's, or for one row faster, and changes nothing.
+    """
     case = Case(rows, d, d_out // 2 if gated else d_out, gated, dtype, device)
     if rows > MAX_ROWS or tuning.is_small(case):
         return rows == 1

@@ -31,6 +31,7 @@ for schema in SCHEMAS:
     LIBRARY.define(schema)
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})  # what the kernels take
+MOST_DECODED = 16  # rows of an input that is taken for a batch in decode, not for a prompt
 MOST_TOGETHER = 64  # rows of a product that is still bound by the weights it reads
 _LOADERS = {"cpu": "rana_compile.kernels.cpu", "cuda": "rana_compile.kernels.cuda"}
 _LOCK = threading.Lock()
@@ -103,18 +104,27 @@ def linear_is_faster(rows: int, d: int, d_out: int, dtype: torch.dtype, device: 
 
 
 def masked_is_faster(
-    rows: int, d: int, d_out: int, density: float, dtype: torch.dtype, device: torch.device, gated: bool = False
+    rows: int,
+    d: int,
+    d_out: int,
+    density: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    gated: bool = False,
+    before: int | None = None,
 ) -> bool:
     """Whether the masked kernel beats the library's dense product on this device; measured there at the first call.
 
     For z [rows, d] of which ``density`` is live in each row, weight_t [d, d_out], or [d, 2h] of a gated MLP if
-    ``gated``. The rows share the weight rows that any of them needs. False for a dtype or device without kernels.
+    ``gated``. The rows share the weight rows that any of them needs. ``before``: the inputs of a dense product that
+    gives z and is part of the op, as a rank adapter's. False for a dtype or device without kernels.
     """
     if dtype not in DTYPES or not is_supported(device.type) or not 0 < rows:
         return False
     load(device.type)
     union = 1 - (1 - min(density, 1.0)) ** rows
-    return bool(import_module(_LOADERS[device.type]).masked_is_faster(rows, d, d_out, union, dtype, device, gated))
+    module = import_module(_LOADERS[device.type])
+    return bool(module.masked_is_faster(rows, d, d_out, union, dtype, device, gated, before))
 
 
 def together_is_faster(rows: int, parts: int, device_type: str) -> bool:

@@ -95,7 +95,7 @@ def adapt_graph(
             if decode and all(w.is_contiguous() for w in match.site.oriented(weights)):
                 lowerings.append(Lowering(match, "dense", True, {}))
             continue
-        if not decode and options.prefill == "dense" and match.rows != 1:
+        if is_left_dense(match, options, decode):
             continue
         bound = bind(plan, entry, weights, options.check_weights)
         if training:
@@ -154,6 +154,12 @@ def _chosen(plan: Plan, options: BackendOptions) -> list[SitePlan]:
     ]
 
 
+def is_left_dense(match: Match, options: BackendOptions, decode: bool) -> bool:
+    """Whether a prompt stays dense, as asked: more rows than a batch in decode has, or than kernels are faster for."""
+    few = match.rows and match.rows <= (ops.MOST_DECODED if decode else 1)
+    return options.prefill == "dense" and not few
+
+
 def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -> bool:
     """Whether the kernels take this site: rows fixed at compile time, one dtype they know, and faster there.
 
@@ -170,7 +176,8 @@ def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -
     site, basis = entry.site, entry.tensors.get("output_basis")
     d, density = (site.d_in, entry.flops_kept) if basis is None else (basis.shape[1], entry.live[0] / basis.shape[1])
     gated = site.kind == "gate_up" and basis is None
-    faster = ops.masked_is_faster(rows, d, site.d_out, density, dtype, device, gated)
+    before = None if basis is None else site.d_in
+    faster = ops.masked_is_faster(rows, d, site.d_out, density, dtype, device, gated, before)
     if not faster:
         log.debug("%s: for %d rows the dense product is faster than the masked kernel here", site.name, rows)
     return faster

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rana_compile.backend import is_decode
+from rana_compile.backend import is_decode, is_left_dense
 from rana_compile.config import BackendOptions
 from rana_compile.flops import dense_flops
 from rana_compile.offload import Weights
@@ -121,8 +121,8 @@ def _outlook(match: Match, entry: SitePlan | None, options: BackendOptions, deco
         if entry is None or entry.family == "dense":
             return "dense", "not in the plan" if entry is None else "the plan keeps it dense"
         adapter = f"{entry.family}, {entry.flops_kept:.0%} of its FLOPs"
+    if is_left_dense(match, options, decode):
+        return "dense", "more than one row, and prefill='dense'"
     if decode:
         return "adapted", f"{adapter}; masked kernels"
-    if options.prefill == "dense" and match.rows != 1:
-        return "dense", "more than one row, and prefill='dense'"
     return "adapted", f"{adapter}; masked dense form, no faster"

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch._dynamo.utils import counters
 import rana_compile
 from rana_compile import Plan
 from rana_compile.adapters.neuron import neuron_tensors
+from rana_compile.backend import is_left_dense
+from rana_compile.config import BackendOptions
 from rana_compile.types import Site
 
 
@@ -126,6 +129,18 @@ def test_dense_prefill_leaves_longer_inputs_dense(model: nn.Module, plan: Plan) 
         one = fast(input_ids=ids[:, :1]).logits
     with rana_compile.adapted(model, plan) as run:
         torch.testing.assert_close(one, run(input_ids=ids[:, :1]).logits.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_dense_prefill_keeps_the_rows_of_a_batch_in_decode() -> None:
+    options = BackendOptions.parse({"plan": "p", "prefill": "dense"}, None)
+
+    def is_dense(rows: int | None, decode: bool) -> bool:
+        return is_left_dense(SimpleNamespace(rows=rows), options, decode)
+
+    assert not is_dense(1, False) and not is_dense(1, True) and not is_dense(16, True)
+    assert is_dense(16, False) and is_dense(17, True) and is_dense(None, True) and is_dense(None, False)
+    usual = BackendOptions.parse({"plan": "p"}, None)
+    assert not is_left_dense(SimpleNamespace(rows=17), usual, True)
 
 
 def test_plan_by_path_and_wrapper(model: nn.Module, plan: Plan, tmp_path: Path) -> None:

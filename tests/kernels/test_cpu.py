@@ -186,10 +186,14 @@ def test_no_place_to_write_at_all_is_an_error(compiler: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("rows", "density", "faster"), [(1, 1.0, True), (2, 0.5, True), (4, 0.8, True), (4, 1.0, False), (17, 0.1, False)]
+    ("rows", "density", "measured", "faster"),
+    [
+        *((1, 1.0, None, True), (2, 0.5, 2, True), (4, 0.8, 4, True), (4, 1.0, 4, False), (17, 1.0, 32, False)),
+        *((64, 0.5, 64, True), (65, 0.5, 128, True), (5000, 0.5, 256, True)),
+    ],
 )
 def test_the_masked_kernel_is_taken_where_it_was_measured_faster(
-    rows: int, density: float, faster: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: int, density: float, measured: int | None, faster: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
 
@@ -203,7 +207,25 @@ def test_the_masked_kernel_is_taken_where_it_was_measured_faster(
     for _ in range(2):
         cpu._measured.cache_clear()  # as another process
         assert cpu.masked_is_faster(rows, *arguments) == faster
-    assert calls == ([("masked_linear", rows, 512, 500, torch.float32)] if 1 < rows <= 16 else [])
+    assert calls == ([] if measured is None else [("masked_linear", measured, 512, 500, torch.float32)])
+
+
+def test_a_dense_product_before_the_mask_has_to_be_faster_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def measure(op: str, rows: int, d: int, d_out: int, dtype: torch.dtype) -> Measured:
+        calls.append((op, rows, d, d_out))
+        return Measured((), 60.0, 60.0, 100.0) if op == "masked_linear" else Measured((), 110.0, 110.0, 100.0)
+
+    monkeypatch.setenv("RANA_COMPILE_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu, "_measure", measure)
+    cpu._measured.cache_clear()
+    arguments = (4, 512, 500, 0.5, torch.float32, torch.device("cpu"), False)
+    assert cpu.masked_is_faster(*arguments)
+    assert calls == [("masked_linear", 4, 512, 500)]
+    assert not cpu.masked_is_faster(*arguments, before=640)
+    assert calls[1:] == [("linear", 4, 640, 512)]
+    cpu._measured.cache_clear()
 
 
 def test_small_weights_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:

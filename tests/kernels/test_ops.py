@@ -114,7 +114,7 @@ def check(op: str, where: str, args: list[Any]) -> None:
 
 @each_dtype
 @each_implementation
-@pytest.mark.parametrize("shape", [(1, 96, 64), (1, 300, 77), (2, 64, 35), (5, 33, 48), (16, 40, 31), (17, 20, 20)])
+@pytest.mark.parametrize("shape", [(1, 96, 64), (1, 300, 77), (2, 64, 35), (5, 33, 48), (16, 40, 31), (29, 701, 70)])
 def test_against_the_plain_form(op: str, where: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     check(op, where, arguments(op, shape, dtype, where))
 
@@ -125,9 +125,17 @@ def test_tiny_and_odd_shapes(op: str, where: str, shape: tuple[int, int, int]) -
     check(op, where, arguments(op, shape, torch.float32, where, bias=False))
 
 
+@each_dtype
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("shape", [(12, 50, 64), (37, 1300, 65), (300, 45, 32), (260, 1, 1), (40, 0, 33)])
+def test_many_rows(op: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """Tiles on CPU: weights cut into panels and blocks that end where they like, more rows than one chunk takes."""
+    check(op, "cpu", arguments(op, shape, dtype))
+
+
 @each_implementation
 @pytest.mark.parametrize("keep", [0.0, 1.0])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 23])
 def test_nothing_and_everything_live(op: str, where: str, keep: float, rows: int) -> None:
     check(op, where, arguments(op, (rows, 70, 50), torch.float32, where, keep))
 
@@ -155,11 +163,12 @@ def test_non_contiguous_inputs_and_more_dimensions(op: str, where: str) -> None:
 
 
 @each_implementation
-def test_outputs_are_written_whole_and_nan_passes(op: str, where: str) -> None:
+@pytest.mark.parametrize("rows", [3, 19])
+def test_outputs_are_written_whole_and_nan_passes(op: str, where: str, rows: int) -> None:
     """The allocator likes to give freed memory again: fill it with NaN first."""
-    args = arguments(op, (3, 40, 50), torch.float32, where)
+    args = arguments(op, (rows, 40, 50), torch.float32, where)
     for _ in range(3):
-        poison = [torch.full((3, n), torch.nan, device=args[0].device) for n in (27, 50, 54) for _ in range(4)]
+        poison = [torch.full((rows, n), torch.nan, device=args[0].device) for n in (27, 50, 54) for _ in range(4)]
         del poison
         check(op, where, args)
     args[0][1, 7] = torch.nan
@@ -220,11 +229,28 @@ def test_skipped_rows_are_not_read(where: str) -> None:
 
 
 @each_implementation
-def test_repeats_bit_for_bit(op: str, where: str) -> None:
-    args = arguments(op, (2, 513, 130), torch.bfloat16, where)
+@pytest.mark.parametrize("rows", [2, 23])
+def test_repeats_bit_for_bit(op: str, where: str, rows: int) -> None:
+    args = arguments(op, (rows, 513, 130), torch.bfloat16, where)
     run = implementation(op, where)
     first = run(*args)
     assert all(torch.equal(run(*args), first) for _ in range(3))
+
+
+@each_dtype
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("rows", [1, 9, 41])
+def test_threads_change_no_bit(op: str, dtype: torch.dtype, rows: int) -> None:
+    args = arguments(op, (rows, 513, 1030), dtype)
+    run, threads = implementation(op, "cpu"), torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(*args))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize(("op", "where"), [pair for pair in IMPLEMENTATIONS if pair[1] != "reference"])
