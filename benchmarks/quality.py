@@ -37,6 +37,7 @@ from rana_compile.passes.record import Adapted
 from rana_compile.text import with_bos
 
 NOT_REFITTED = "the same, thresholds not refitted"
+LEARNT = "and thresholds learnt together"
 SLOPE = 0.4  # about what the share of FLOPs falls by where thresholds grow by a factor e
 console = Console(width=150)
 
@@ -82,7 +83,8 @@ def main() -> None:
     for name, recipe, asked, session in methods(model, fit_on, settings):
         begin = time.perf_counter()
         try:
-            plan = session.fit(Target("flops", asked), recipe, refit=name != NOT_REFITTED)
+            steps = settings.learning_steps if name.startswith("ours") or name == LEARNT else 0
+            plan = session.fit(Target("flops", asked), recipe, name != NOT_REFITTED, steps)
         except ConfigError as error:
             console.print(f"{name} at {asked:.0%}: {error}", highlight=False)
             continue
@@ -125,6 +127,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--calibration-tokens", type=int, default=8192)
     parser.add_argument("--own-tokens", type=int, default=0, help="calibrate on as many of the model's own text too")
+    parser.add_argument(
+        "--learning-steps", type=int, default=128, help="in which thresholds of our plans move together"
+    )
     parser.add_argument("--equal-cost", action="store_true", help="scale thresholds to the asked cost on each domain")
     parser.add_argument("--windows", type=int, default=12, help="held-out windows of each domain")
     parser.add_argument("--generated", type=int, default=256, help="tokens of the greedy continuation")
@@ -155,7 +160,8 @@ def methods(
 ) -> Iterator[tuple[str, Any, float, Session]]:
     """(name, recipe, budget, session to fit in) for every row; what all share is recorded once."""
     rivals: dict[str, Any] = {"WINA": wina, "TEAL": Teal(model, fit_on[:1, :256]), "CATS": cats, "SVD": svd}
-    ours: dict[str, Any] = {"ours, own text too" if settings.own_tokens else "ours": "auto"}
+    own = "ours, own text too" if settings.own_tokens else "ours"
+    ours: dict[str, Any] = {own: "auto", f"{own}, neuron adapters alone": "neuron"}
     if settings.include:
         rivals = {"WINA": wina, "RaNA's rank adapter": rank}
     if settings.ablation:
@@ -165,7 +171,7 @@ def methods(
             "and by token": uniform_token,
             "and global": global_without_correction,
         }
-        ours = {"and corrected": "neuron", "and all families": "auto", NOT_REFITTED: "auto"}
+        ours = {"and corrected": "neuron", "and all families": "auto", LEARNT: "auto", NOT_REFITTED: "auto"}
     papers: dict[str, Any] = {} if settings.ablation or settings.include else {"RaNA": "rana"}
     for recipes, separate in ((rivals | ours, False), (papers, True)):
         wanted = {name: recipe for name, recipe in recipes.items() if not settings.methods or name in settings.methods}

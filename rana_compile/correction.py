@@ -14,6 +14,7 @@ from typing import Any, Literal
 from rana_compile.adapters import FAMILIES, Tensors
 from rana_compile.data import Batch, rows_of
 from rana_compile.fitting import Candidate
+from rana_compile.learning import learn
 from rana_compile.objective import divergence, main_output
 from rana_compile.passes.interpret import Handler
 from rana_compile.passes.record import Adapted, dense_handler
@@ -146,6 +147,20 @@ class Fitter:
                 "max_loss_increase, or give more or more typical calibration data"
             )
         return replace(best, choice=_priced(best.choice, weights))
+
+    def learned(self, fitted: Fitted, batches: Sequence[Batch], steps: int, seed: int) -> Fitted:
+        """The same adapters with thresholds learnt end to end on these batches, if that helps on held-back ones."""
+        adapted = {site: c for site, c in fitted.choice.items() if c.family != "dense"}
+        before = {site: c.live for site, c in adapted.items()}
+        if not any(before.values()):
+            return fitted
+        wanted = sum(c.option.cost for c in adapted.values())
+        adapters, live = learn(
+            self._run, batches, _adapters(adapted), before, wanted, steps, seed, self._bar, self._processes
+        )
+        new = {site: replace(c, tensors=adapters[site][1], live=tuple(live[site])) for site, c in adapted.items()}
+        better = self.fitted(fitted.choice | new, self.everything)
+        return better if better.divergence < fitted.divergence else fitted
 
     def fitted(self, choice: Choice, batches: Sequence[Batch]) -> Fitted:
         """The choice with thresholds that realise its cost when all adapters are on, and what was measured of it."""

@@ -27,5 +27,9 @@ class Progress:
     def say(self, stage: str) -> None:
         self._bar.update(self._task, description=stage)
 
+    def expect(self, steps: int) -> None:
+        """More steps than was known at first."""
+        self._bar.update(self._task, total=(self._bar.tasks[self._task].total or 0) + steps)
+
     def step(self, steps: int = 1) -> None:
         self._bar.advance(self._task, steps)

@@ -46,6 +46,7 @@ LAYERS = (
         "exporting",
     },
     {"passes"},
+    {"learning"},
     {"correction", "checkpoint"},
     {"calibration", "evaluation", "observation", "quality"},
     {"self_calibration", "profiled", "wrapped_generate"},

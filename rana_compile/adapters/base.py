@@ -6,12 +6,13 @@ are, what is stored in a plan, and what must be derived from the model's own wei
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rana_compile.kernels.reference import is_dropped, without
 from rana_compile.types import Site
 
 Tensors = dict[str, Tensor]
@@ -111,6 +112,50 @@ def scale_of(x: Tensor, probe: Tensor) -> Tensor | None:
 def weighed(z: Tensor, x: Tensor, probe: Tensor) -> Tensor:
     """z [..., n] times the sensitivity of the tokens x [..., d] to one mask: what its threshold is compared with."""
     return z * sensitivity(x, probe) if len(probe) else z
+
+
+SOFTNESS = 0.3  # of a mask in the backward pass, in units of log |z|
+
+
+def nearness(z: Tensor, threshold: Tensor, scale: Tensor | None = None) -> Tensor:
+    """How fast each coordinate would be lost as log t grows, were its mask σ((log |z|·s - log t) / SOFTNESS).
+
+    Args as of ``kept``; float32, of z's shape. Zero where the threshold is.
+    """
+    magnitude = z.abs().float() if scale is None else z.abs() * scale[..., None]
+    live = magnitude.log().sub_(threshold.log()).div_(SOFTNESS).sigmoid_()
+    return (live - live.square()).div_(SOFTNESS).nan_to_num_(0.0)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """``value`` where the mask keeps z, else zero; in the backward pass the mask is soft."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, z: Tensor, threshold: Tensor, scale: Tensor | None) -> Tensor:
+        ctx.save_for_backward(value, z, threshold, scale)
+        return without(value, is_dropped(z, threshold, scale))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        value, z, threshold, scale = ctx.saved_tensors
+        by_log = ((gradient * value).float() * nearness(z, threshold, scale)).nan_to_num_(
+            0.0, 0.0, 0.0
+        )  # of log |z|·s; of log t with a minus
+        of_z = torch.where(z == 0, 0.0, by_log / z).to(z.dtype)
+        rows = tuple(range(by_log.dim() - threshold.dim()))
+        of_threshold = -torch.where(threshold == 0, 0.0, by_log.sum(rows) / threshold)
+        of_scale = None if scale is None else by_log.sum(-1) / scale
+        return without(gradient, is_dropped(z, threshold, scale)), of_z, of_threshold, of_scale
+
+
+def kept(value: Tensor, z: Tensor, threshold: Tensor, scale: Tensor | None = None) -> Tensor:
+    """``value`` [..., n] with zeros where the mask of z [..., n] drops it; threshold [n], scale [...] as in kernels.
+
+    A threshold that requires a gradient gets a straight-through estimate, and so do z and scale.
+    """
+    if threshold.requires_grad and torch.is_grad_enabled():
+        return _StraightThrough.apply(value, z, threshold, scale)
+    return without(value, is_dropped(z, threshold, scale))
 
 
 def stack(parts: Sequence[Tensor]) -> Tensor:

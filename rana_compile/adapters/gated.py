@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rana_compile.adapters.base import Biases, Mask, Tensors, scale_of, scales, weighed
+from rana_compile.adapters.base import Biases, Mask, Tensors, kept, scale_of, scales, weighed
 from rana_compile.adapters.neuron import probe_shape, scaled_row
-from rana_compile.kernels.reference import ACTIVATIONS, apply_threshold, is_dropped, without
+from rana_compile.kernels.reference import ACTIVATIONS
 from rana_compile.types import Site
 
 
@@ -44,7 +44,7 @@ class Gated:
 
     def _gate(self, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors) -> Tensor:
         (scale,) = scales(x, tensors["probe"][:1], 1)
-        return F.linear(apply_threshold(x, tensors["threshold"][0], scale), weights[0], biases[0])
+        return F.linear(kept(x, x, tensors["threshold"][0], scale), weights[0], biases[0])
 
     def _activated(self, site: Site, gate: Tensor) -> Tensor:
         assert site.activation is not None
@@ -60,8 +60,8 @@ class Gated:
     ) -> tuple[Tensor, ...]:
         gate = self._gate(x, weights, biases, tensors)
         (scale,) = scales(x, tensors["probe"][1:], 1)
-        dead = is_dropped(self._activated(site, gate), tensors["gate_threshold"], scale)
-        return gate, without(F.linear(x, weights[1], biases[1]), dead)
+        up = F.linear(x, weights[1], biases[1])
+        return gate, kept(up, self._activated(site, gate), tensors["gate_threshold"], scale)
 
     def pack(self, site: Site, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
         gate_t = weights[0].t().contiguous()  # [d_in, h]

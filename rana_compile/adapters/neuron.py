@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rana_compile.adapters.base import Biases, Mask, Tensors, one_product, scale_of, scales, stack, weighed
-from rana_compile.kernels.reference import apply_threshold
+from rana_compile.adapters.base import Biases, Mask, Tensors, kept, one_product, scale_of, scales, stack, weighed
 from rana_compile.types import Site
 
 
@@ -38,7 +37,7 @@ class Neuron:
         self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors
     ) -> tuple[Tensor, ...]:
         factors = scales(x, tensors["probe"], len(weights))
-        masked = [apply_threshold(x, t, s) for t, s in zip(tensors["threshold"].unbind(), factors, strict=True)]
+        masked = [kept(x, x, t, s) for t, s in zip(tensors["threshold"].unbind(), factors, strict=True)]
         if "weight_t" in tensors:
             return one_product(masked, tensors["weight_t"], biases, site.d_outs)
         return tuple(F.linear(z, w, b) for z, w, b in zip(masked, weights, biases, strict=True))

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rana_compile.adapters.base import Biases, Mask, Tensors, split_linear, stack
+from rana_compile.adapters.base import Biases, Mask, Tensors, kept, split_linear, stack
 from rana_compile.flops import masked_flops
-from rana_compile.kernels.reference import apply_threshold
 from rana_compile.types import Site
 
 
@@ -38,7 +37,8 @@ class Rank:
     def forward(
         self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors
     ) -> tuple[Tensor, ...]:
-        z = apply_threshold(F.linear(x, tensors["basis"]), tensors["threshold"])
+        z = F.linear(x, tensors["basis"])
+        z = kept(z, z, tensors["threshold"])
         return split_linear(z, tensors["output_basis"].to(z.dtype), biases, site.d_outs)
 
     def pack(self, site: Site, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:

@@ -59,6 +59,10 @@ def _sites(one: argparse.ArgumentParser) -> None:
         "--include", nargs="+", metavar="PATTERN", help="only parameters whose names match, e.g. '*.mlp.*'"
     )
     one.add_argument("--exclude", nargs="+", metavar="PATTERN", help="not these, e.g. lm_head")
+    one.add_argument(
+        "--learning-steps", type=_whole, metavar="N",
+        help="in which all thresholds move together, for quality (128 on an accelerator, 0 on a CPU)",
+    )  # fmt: skip
 
 
 def _calibrate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -136,6 +140,13 @@ def _sweep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 def _doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     _command(commands, "doctor", "doctor", "versions, compiler, devices, and a self-test of each kernel")
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative; 0 for none")
+    return value
 
 
 def _count(text: str) -> int:

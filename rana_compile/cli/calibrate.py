@@ -33,7 +33,7 @@ def run(settings: argparse.Namespace, screen: Screen) -> int:
     sites = (settings.include, settings.exclude)
     progress = not settings.quiet
     with calibration(model, batches, *sites, settings.seed, progress, separate, checkpoint=checkpoint) as session:
-        plan = session.fit(target, settings.recipe)
+        plan = session.fit(target, settings.recipe, learning_steps=settings.learning_steps)
         plan.save(out)
     seconds = time.perf_counter() - begin
     screen.result(summary(plan) | {"plan": str(out), "seconds": seconds}, f"{totals(plan)}\nplan saved: {out}")

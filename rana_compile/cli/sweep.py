@@ -62,7 +62,7 @@ def _fitted(
     with calibration(model, fitting.split(1), *sites, settings.seed, shown, separate, fits) as session:
         for target in targets:
             try:
-                plan = session.fit(target, settings.recipe)
+                plan = session.fit(target, settings.recipe, learning_steps=settings.learning_steps)
             except ConfigError as error:
                 refused.append(f"{target.value:.0%}: {error}")
                 continue
