@@ -15,7 +15,11 @@
 namespace {
 
 constexpr int64_t kTogether = 256;     // rows of which masked copies are made at a time
-constexpr int64_t kTall = 12;          // rows of a tile: 24 vectors of sums, of the 32 that AVX-512 has
+#ifdef __AVX512F__
+constexpr int64_t kTall = 12;  // rows of a tile: 24 vectors of sums, of the 32 that there are
+#else
+constexpr int64_t kTall = 3;  // a vector takes two registers or more
+#endif
 constexpr int64_t kSteps = 384;        // of a panel, 48 kB: most inputs of a small model in one go
 constexpr int64_t kSums = 1 << 16;     // sums of a task that stay in the second-level cache
 constexpr int64_t kFetch = 8;          // steps between fetches of the next panel's lines
@@ -50,10 +54,17 @@ struct Step<at::BFloat16> {
 #endif
 
 // How often weights are multiplied at most where rows are faster than tiles: rows convert them each time, tiles copy them.
+#ifdef __AVX512F__
 template <typename T>
 constexpr int64_t kMaskedRows = std::is_same_v<T, float> ? 12 : std::is_same_v<T, at::Half> ? 2 : 7;
 template <typename T>
 constexpr int64_t kDenseRows = std::is_same_v<T, float> ? 18 : std::is_same_v<T, at::Half> ? 5 : 9;
+#else  // not measured
+template <typename T>
+constexpr int64_t kMaskedRows = kMaxRows;
+template <typename T>
+constexpr int64_t kDenseRows = kMaxRows;
+#endif
 
 // Weight rows, `ld` bytes apart, of which a panel's line is fetched while a tile is multiplied, `each` with every kFetch steps.
 struct Ahead {

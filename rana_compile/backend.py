@@ -89,13 +89,13 @@ def adapt_graph(
         training = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
         autocast = torch.is_autocast_enabled(weights[0].device.type)
         decode = not training and not autocast and is_decode(match, weights, entry)
+        if is_left_dense(match, options, decode):
+            continue
         if decode:
             ops.load(weights[0].device.type)
         if entry.family == "dense":
             if decode and all(w.is_contiguous() for w in match.site.oriented(weights)):
                 lowerings.append(Lowering(match, "dense", True, {}))
-            continue
-        if is_left_dense(match, options, decode):
             continue
         bound = bind(plan, entry, weights, options.check_weights)
         if training:

@@ -80,10 +80,10 @@ def calibrate(
         max_loss_increase: instead, the quality to keep: the cheapest plan whose divergence from the dense model on
             held-back batches (KL, nats per token: the loss it adds to text the model itself would write) stays
             below this.
-        learning_steps: with recipes ``auto`` and ``neuron``, steps in which all thresholds move together, down the
-            divergence of the adapted model from the dense one, at the same cost; each takes about as long as a step of
-            training on one batch. Kept if it helps on held-back batches. By default 128 on an accelerator and 0, for
-            the time it would take, on a CPU and where weights are offloaded.
+        learning_steps: with recipes ``auto`` and ``neuron``, steps in which the thresholds of inputs and ranks move
+            together, down the divergence of the adapted model from the dense one, at the same cost; each takes about
+            as long as a step of training on one batch. Kept if it helps on held-back batches. By default 128 on an
+            accelerator and 0, for the time it would take, on a CPU and where weights are offloaded.
         checkpoint: a file for what was recorded so far. A killed calibration of the same model, data and settings
             goes on from it and gives the same plan; it is removed when the plan is there.
         group: a process group of ``torch.distributed`` whose processes all call this, each with its own batches of the
@@ -269,8 +269,6 @@ class Session:
         """
         check_recipe(recipe, target.unit)
         check_steps(learning_steps)
-        if learning_steps is None:
-            learning_steps = LEARNING_STEPS if self._has_accelerator() else 0
         recorder = self._record(is_tall if isinstance(recipe, str) and recipe in GLOBAL else every_site)
         found = self.capture.found[0]
         evidence = [self._evidence(site, sample, recorder) for site, sample in recorder.samples.items()]
@@ -282,8 +280,9 @@ class Session:
         if isinstance(recipe, str) and recipe in GLOBAL:
             problem = Problem(GLOBAL[recipe](evidence, mlps, target.share), self._cost_of(target))
             fitted = fitter.search(problem, target)
+            if learning_steps is None:
+                learning_steps = LEARNING_STEPS if self._has_accelerator(recorder.samples) else 0
             if learning_steps:
-                self.bar.expect(learning_steps)
                 fitted = fitter.learned(fitted, self.fitting, learning_steps, self.seed)
         else:
             direct = DIRECT[recipe] if isinstance(recipe, str) else recipe
@@ -308,10 +307,10 @@ class Session:
         self.capture.handler = handler
         return self.run(**batch)
 
-    def _has_accelerator(self) -> bool:
-        """Whether all weights are on one, none offloaded."""
+    def _has_accelerator(self, sites: Iterable[Site]) -> bool:
+        """Whether all weights of these sites are on one, none offloaded."""
         whole = not isinstance(self.parameters, Weights) or self.parameters.has_all
-        return whole and not self._placed(next(iter(self.parameters))).is_cpu
+        return whole and not any(self._placed(name).is_cpu for site in sites for name in site.weights)
 
     def _cost_of(self, target: Target) -> Measure | None:
         if target.unit != "bytes":

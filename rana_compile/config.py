@@ -19,7 +19,8 @@ class BackendOptions:
         plan: a ``Plan``, the path of a saved one or a directory that holds one. None: the backend calibrates itself on
             the first calls' inputs.
         prefill: ``"adapted"`` computes every token with its masks, so that a forward pass over text
-            measures what decode computes; ``"dense"`` leaves graphs of more than one row dense.
+            measures what decode computes; ``"dense"`` leaves graphs of more than 16 rows dense, and of 2 to 16 where no
+            kernel is faster.
         include, exclude: glob patterns over parameter names, as ``calibrate`` takes them.
         min_features: a linear with fewer inputs or outputs stays dense (a mixture's router, a small classifier). By
             default 32 where the backend calibrates itself, and 0 with a plan, which chose its sites already.

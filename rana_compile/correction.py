@@ -5,11 +5,14 @@ on alone on held-back batches; measured over predicted re-weighs its prices, and
 the two choices the one that diverges less is kept.
 """
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import torch
 
 from rana_compile.adapters import FAMILIES, Tensors
 from rana_compile.data import Batch, rows_of
@@ -22,6 +25,8 @@ from rana_compile.processes import ALONE, Processes
 from rana_compile.progress import Progress
 from rana_compile.recipes import Candidates, Choice, Measure, solve
 from rana_compile.types import ConfigError, Site
+
+log = logging.getLogger(__name__)
 
 REFIT_TOKENS = 8192  # that thresholds are refitted on
 CHECK_TOKENS = 1024  # that each kind of adapter is measured on, alone
@@ -155,12 +160,20 @@ class Fitter:
         if not any(before.values()):
             return fitted
         wanted = sum(c.option.cost for c in adapted.values())
-        adapters, live = learn(
-            self._run, batches, _adapters(adapted), before, wanted, steps, seed, self._bar, self._processes
-        )
+        self._bar.expect(steps)
+        try:
+            adapters, live = learn(
+                self._run, batches, _adapters(adapted), before, wanted, steps, seed, self._bar, self._processes
+            )
+        except torch.OutOfMemoryError:
+            if self._processes.count > 1:  # the others would wait
+                raise
+            log.warning("thresholds were not learnt, for want of memory; batches of fewer tokens need less")
+            return fitted
         new = {site: replace(c, tensors=adapters[site][1], live=tuple(live[site])) for site, c in adapted.items()}
         better = self.fitted(fitted.choice | new, self.everything)
-        return better if better.divergence < fitted.divergence else fitted
+        cost, most = (sum(map(f.adapted.flops, f.choice)) for f in (better, fitted))
+        return better if better.divergence < fitted.divergence and cost <= most * (1 + TOLERANCE) else fitted
 
     def fitted(self, choice: Choice, batches: Sequence[Batch]) -> Fitted:
         """The choice with thresholds that realise its cost when all adapters are on, and what was measured of it."""

@@ -1,7 +1,8 @@
 """Thresholds learnt end to end, past what can be predicted site by site.
 
 Allocation and thresholds were chosen as if errors of different sites added up, and from one scale for every coordinate.
-Here all of them move together, down the divergence of the adapted model from the dense one, at the cost that was asked:
+Here those of inputs and ranks move together, down the divergence of the adapted model from the dense one, at the cost
+that was asked:
 
     log t = log t₀ + a of the coordinate + b of its mask + c of the model;   loss = KL(dense ‖ adapted) + μ·FLOPs
 
@@ -34,6 +35,7 @@ FLOOR = 0.05
 BETAS = (0.9, 0.98)
 MEMORY = 0.9  # of the mean that μ is
 RETURN = 0.3  # of a miss of the cost that c makes good in a step
+MOST = 0.1  # that c moves in a step
 RECENT = 0.9  # of the mean that live coordinates are
 TINY = 1e-30
 
@@ -71,7 +73,7 @@ class _Learner:
     def tensors(self, site: Site) -> Tensors:
         """What a plan stores, with the thresholds as they are now."""
         own, common = self._own[site], self._common[site]
-        now = {k: t * (own[k] + common[k] + self.shift).exp().to(t.device) for k, t in self._first[site].items()}
+        now = {k: _moved(t, (own[k] + common[k] + self.shift).to(t.device)) for k, t in self._first[site].items()}
         return self.sites[site][1] | now
 
     def __call__(
@@ -91,7 +93,8 @@ class _Learner:
             z, threshold = flat_rows(mask.z.detach()), mask.threshold.detach()
             live.append(float((~is_dropped(z, threshold)).sum()) / len(z))
             near = nearness(z, threshold).mean(0)  # live coordinates that a unit of log t costs
-            slope = slope - (flops * near / threshold.clamp_min(TINY) * mask.threshold).sum()
+            by_threshold = flops * near / threshold.clamp_min(TINY)
+            slope = slope - torch.where(by_threshold == 0, 0.0, by_threshold * mask.threshold).sum()
         self._seen.setdefault(site, []).append((x.numel() // x.shape[-1], live, slope.to(self.place)))
         return family.forward(site, x, weights, biases, tensors)
 
@@ -107,6 +110,12 @@ class _Learner:
             total += adapter_flops(FAMILIES[name], site, now if calls else self.live[site], tensors)
             slopes = slopes + sum(n / rows * slope for n, _, slope in calls)
         return total, slopes
+
+
+def _moved(threshold: Tensor, by: Tensor) -> Tensor:
+    """Thresholds times exp(by), but for those that keep or drop a coordinate whatever it is."""
+    moves = (threshold > 0) & threshold.isfinite()
+    return torch.where(moves, threshold.where(moves, 1.0) * by.exp(), threshold)
 
 
 def learn(
@@ -143,10 +152,13 @@ def learn(
         errors, costs, cost = _gradients(run, batches[order.pop()], learner, every, wanted)
         errors, costs = processes.sum(errors), processes.sum(costs)
         (cost,) = (total / processes.count for total in processes.total(cost))
+        bar.step()
+        if not (errors.isfinite().all() and costs.isfinite().all()):  # of this batch alone
+            continue
         sizes = [t.numel() for t in every]
         masks = sum(sizes[len(own) :])  # their sums are those of all coordinates
         slope = float(costs[-masks:].sum())
-        now = -float(errors[-masks:].sum()) / slope if slope else 0.0
+        now = max(0.0, -float(errors[-masks:].sum()) / slope) if slope else 0.0
         price = now if price is None else MEMORY * price + (1 - MEMORY) * now
         for parameter, gradient in zip(every, (errors + price * costs).split(sizes), strict=True):
             parameter.grad = gradient.view_as(parameter)
@@ -155,11 +167,11 @@ def learn(
             group["lr"] = rate * decay
         optimizer.step()
         if slope:
-            learner.shift -= RETURN * (cost - 1) * processes.count / slope
-        bar.step()
-    kept = {site: [n / processes.count for n in processes.total(*each)] for site, each in learner.live.items()}
+            back = RETURN * (cost - 1) * processes.count / slope
+            learner.shift -= min(max(back, -MOST), MOST)
+    means = {site: [n / processes.count for n in processes.total(*each)] for site, each in learner.live.items()}
     with torch.no_grad():
-        return {site: (name, learner.tensors(site)) for site, (name, _) in adapters.items()}, kept
+        return {site: (name, learner.tensors(site)) for site, (name, _) in adapters.items()}, means
 
 
 def _gradients(
@@ -174,11 +186,14 @@ def _gradients(
         flops, slope = learner.cost()
     if not output.requires_grad:  # it reached no adapted site
         return _flat([None] * len(parameters), parameters), _flat([None] * len(parameters), parameters), flops / wanted
-    with torch.no_grad():  # of KL(dense ‖ adapted), the mean over rows, by what the model returned
-        upstream = output.float().softmax(-1).sub_(expected).div_(output.numel() // output.shape[-1]).to(output.dtype)
+    with (
+        torch.no_grad()
+    ):  # of KL(dense ‖ adapted) by what the model returned, summed over rows: float16 has no room for less
+        upstream = output.float().softmax(-1).sub_(expected).to(output.dtype)
     costs = torch.autograd.grad(slope / wanted, parameters, retain_graph=True, allow_unused=True)
     errors = torch.autograd.grad(output, parameters, upstream, allow_unused=True)
-    return _flat(errors, parameters), _flat(costs, parameters), flops / wanted
+    rows = output.numel() // output.shape[-1]
+    return _flat(errors, parameters) / rows, _flat(costs, parameters), flops / wanted
 
 
 def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:

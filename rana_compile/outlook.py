@@ -122,7 +122,7 @@ def _outlook(match: Match, entry: SitePlan | None, options: BackendOptions, deco
             return "dense", "not in the plan" if entry is None else "the plan keeps it dense"
         adapter = f"{entry.family}, {entry.flops_kept:.0%} of its FLOPs"
     if is_left_dense(match, options, decode):
-        return "dense", "more than one row, and prefill='dense'"
+        return "dense", "the rows of a prompt, and prefill='dense'"
     if decode:
         return "adapted", f"{adapter}; masked kernels"
     return "adapted", f"{adapter}; masked dense form, no faster"

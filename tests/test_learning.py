@@ -1,6 +1,7 @@
 """Thresholds learnt end to end: the gradient of a mask, and what learning changes and leaves alone."""
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -169,3 +170,25 @@ def test_the_papers_recipe_learns_nothing() -> None:
 
 def test_on_a_cpu_nothing_is_learnt_unless_asked_for(model: nn.Module, unlearnt: Plan) -> None:
     assert calibrate(model).digest() == unlearnt.digest()
+
+
+def test_thresholds_that_decide_whatever_comes_stay_as_they_are() -> None:
+    given = torch.tensor([0.0, 1.0, torch.inf, 2.0])
+    by = torch.full((4,), 0.5, requires_grad=True)
+    moved = learning._moved(given, by)
+    torch.testing.assert_close(moved, torch.tensor([0.0, math.exp(0.5), torch.inf, 2 * math.exp(0.5)]))
+    moved[torch.tensor([True, True, False, True])].sum().backward()
+    assert by.grad is not None and by.grad.isfinite().all() and by.grad[0] == by.grad[2] == 0
+
+
+def test_want_of_memory_leaves_the_plan_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    model = tiny_llama(layers=1)
+    plain = rana_compile.calibrate(model, tokens(4), 0.6, progress=False, learning_steps=0)
+    monkeypatch.setattr("rana_compile.correction.learn", full)
+    plan = rana_compile.calibrate(model, tokens(4), 0.6, progress=False, learning_steps=4)
+    assert plan.digest() == plain.digest() and "want of memory" in caplog.text

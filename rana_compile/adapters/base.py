@@ -138,7 +138,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         value, z, threshold, scale = ctx.saved_tensors
-        by_log = ((gradient * value).float() * nearness(z, threshold, scale)).nan_to_num_(
+        by_log = (gradient.float() * value.float() * nearness(z, threshold, scale)).nan_to_num_(
             0.0, 0.0, 0.0
         )  # of log |z|·s; of log t with a minus
         of_z = torch.where(z == 0, 0.0, by_log / z).to(z.dtype)
