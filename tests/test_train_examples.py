@@ -105,7 +105,8 @@ for step in range(8):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    print("step", step, "loss", loss.item(), flush=True)
+    if dist.get_rank() == 0:  # lines of two processes may mix
+        print("step", step, "loss", loss.item(), flush=True)
 dist.destroy_process_group()
 """
 
