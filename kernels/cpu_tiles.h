@@ -14,18 +14,18 @@
 
 namespace {
 
-constexpr int64_t kTogether = 256;     // rows of which masked copies are made at a time
+constexpr int64_t kTogether = 256;  // rows of which masked copies are made at a time
+constexpr int64_t kSteps = 384;     // of a panel, 48 kB: all inputs of a small model in one go
+constexpr int64_t kSums = 1 << 16;  // sums of a task that stay in the second-level cache
+constexpr int64_t kFetch = 8;       // steps between fetches of the next panel's lines
+constexpr int64_t kLine = 64;       // bytes
 #ifdef __AVX512F__
 constexpr int64_t kTall = 12;  // rows of a tile: 24 vectors of sums, of the 32 that there are
 #else
 constexpr int64_t kTall = 3;  // a vector takes two registers or more
 #endif
-constexpr int64_t kSteps = 384;        // of a panel, 48 kB: most inputs of a small model in one go
-constexpr int64_t kSums = 1 << 16;     // sums of a task that stay in the second-level cache
-constexpr int64_t kFetch = 8;          // steps between fetches of the next panel's lines
-constexpr int64_t kLine = 64;          // bytes
 
-// How T is multiplied: a step takes kDepth inputs, an Operand of x, and as many weights of each output, a Lane.
+// How T is multiplied: a step takes kDepth inputs, an Operand of x, and as many weights of each output.
 template <typename T>
 struct Step {
   using Operand = float;

@@ -2,8 +2,8 @@
 
     linear(x, Wq), linear(x, Wk), linear(x, Wv)   →  out = adapter(x, …); getitem(out, 0), (out, 1), (out, 2)
 
-A site is lowered to its masked kernels where the row count is fixed and small, else to the masked dense form in
-plain torch, which Inductor fuses and autograd differentiates. Fitted tensors become buffers, which are
+A site is lowered to its masked kernels where the row count is fixed and they were measured faster, else to the masked
+dense form in plain torch, which Inductor fuses and autograd differentiates. Fitted tensors become buffers, which are
 lifted inputs: the code depends on shapes alone, so a cached artefact is never stale.
 """
 
@@ -27,7 +27,7 @@ class Lowering:
 
     Attributes:
         family: a name in FAMILIES, or ``dense``.
-        decode: through the masked kernels (few rows, no gradients).
+        decode: through the masked kernels (a fixed number of rows, no gradients).
         buffers: tensors of the form chosen; keys as the family's ``pack`` (decode, and parts computed together) or
             ``stored`` and ``derive``.
     """

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,10 +24,11 @@ from rana_compile.correction import MAX_REFITS, Fitted, Fitter, Problem, Target,
 from rana_compile.data import Batch, as_batches, check_enough, rows_of
 from rana_compile.fitting import Candidate, Evidence, is_tall
 from rana_compile.flops import bytes_read, dense_flops, total_dense_flops
+from rana_compile.learning import LEARNING_STEPS, check_steps
 from rana_compile.memory import naming_remedy
 from rana_compile.objective import summed_loss
 from rana_compile.offload import SiteWeights, Weights
-from rana_compile.passes.interpret import Capture, Handler, capturing
+from rana_compile.passes.interpret import Handler, capturing
 from rana_compile.passes.match import Found
 from rana_compile.passes.mlp import hidden_function
 from rana_compile.passes.record import Recorder, dense_handler, every_site
@@ -36,14 +37,13 @@ from rana_compile.processes import ALONE, Processes
 from rana_compile.progress import Progress
 from rana_compile.recipes import DIRECT, GLOBAL, SEPARATE_GATES, Measure, Mlp, Recipe, check_recipe
 from rana_compile.statistics import Sample
-from rana_compile.types import ConfigError, RanaError, Site, Skipped, parameter_filter
+from rana_compile.types import RanaError, Site, Skipped, parameter_filter
 
 log = logging.getLogger(__name__)
 
 SAMPLE_BYTES = 1_000_000_000  # for all samples together
 MAX_SAMPLE_ROWS = 4096
 RECORD_TOKENS = 8192  # for which gradients are computed
-LEARNING_STEPS = 128  # where the user says nothing and the model is on an accelerator
 LESS_MEMORY = "batches of fewer tokens need less (one is held at a time), and so do bfloat16 and fewer layers (include)"
 
 
@@ -105,12 +105,6 @@ def calibrate(
         model, batches, include, exclude, seed, progress, separate, checkpoint=checkpoint, group=group
     ) as session:
         return session.fit(target, recipe, learning_steps=learning_steps)
-
-
-def check_steps(steps: int | None) -> None:
-    """Raises ConfigError unless it is a number of steps, or None."""
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 0):
-        raise ConfigError(f"learning_steps is {steps!r}; expected a number of steps, 0 for none")
 
 
 def refit(
@@ -187,53 +181,17 @@ def calibration(
                 kept.remove()
 
 
-def fit_recorded(
-    parameters: Mapping[str, Tensor],
-    calls: Sequence[tuple[int, Any]],
-    replay: Callable[[Any, Handler], Any],
-    found: Found,
-    flops_budget: float,
-    recipe: str,
-    seed: int = 0,
-) -> tuple[Plan, list[Any]]:
-    """As ``calibrate``, on calls that were recorded instead of a model and batches; for the backend.
-
-    Args:
-        parameters: weights of all sites by name, as the model stores them.
-        calls: (rows, call) of each recorded call.
-        replay: runs a call with its sites in a handler's hands and returns what the model would.
-        found: the sites, the MLPs they belong to, and what was skipped.
-
-    Returns:
-        (the plan, the calls that were held back from the fit). Raises RanaError as ``calibrate`` does.
-    """
-    capture = _Recorded(found)
-    batches: list[Batch] = [{"rows": torch.empty(1, rows, device="meta"), "call": call} for rows, call in calls]
-    fitting, held_back = split_held_back(batches)
-    with Progress(False, 1) as bar:
-        run = lambda rows, call: replay(call, capture.current)  # noqa: E731
-        session = Session(parameters, run, capture, bar, seed, fitting, held_back)
-        plan = session.fit(Target("flops", flops_budget), recipe, learning_steps=0)  # somebody waits for the call
-    return plan, [batch["call"] for batch in held_back]
-
-
-class _Recorded:
-    """What ``_Session`` needs of a capture, where the graphs were found before."""
-
-    def __init__(self, found: Found) -> None:
-        self.handler: Handler | None = None
-        self.found = [found]
-
-    @property
-    def current(self) -> Handler:
-        assert self.handler is not None
-        return self.handler
-
-
 def split_held_back(data: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """(batches to fit on, batches held back): every fourth, or the last of fewer."""
     held_back = list(data[3::4]) or [data[-1]]
     return [batch for i, batch in enumerate(data) if i % 4 != 3 and batch is not held_back[-1]], held_back
+
+
+class Captured(Protocol):
+    """What a session needs of a capture: whose hands the sites are in, and what was found in each graph."""
+
+    handler: Handler | None
+    found: list[Found]
 
 
 class Session:
@@ -243,7 +201,7 @@ class Session:
         self,
         parameters: Mapping[str, Tensor],
         run: Callable[..., Any],
-        capture: "Capture | _Recorded",
+        capture: Captured,
         bar: Progress,
         seed: int,
         fitting: Sequence[Batch],

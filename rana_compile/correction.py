@@ -173,7 +173,10 @@ class Fitter:
         new = {site: replace(c, tensors=adapters[site][1], live=tuple(live[site])) for site, c in adapted.items()}
         better = self.fitted(fitted.choice | new, self.everything)
         cost, most = (sum(map(f.adapted.flops, f.choice)) for f in (better, fitted))
-        return better if better.divergence < fitted.divergence and cost <= most * (1 + TOLERANCE) else fitted
+        helps = better.divergence < fitted.divergence and cost <= most * (1 + TOLERANCE)
+        told = "divergence %.4f with learnt thresholds, %.4f as they were: %s"
+        log.info(told, better.divergence, fitted.divergence, "kept" if helps else "not kept")
+        return better if helps else fitted
 
     def fitted(self, choice: Choice, batches: Sequence[Batch]) -> Fitted:
         """The choice with thresholds that realise its cost when all adapters are on, and what was measured of it."""

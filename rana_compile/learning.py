@@ -11,6 +11,7 @@ Bengio et al. 2013, arXiv 1308.3432). μ is what makes the common c indifferent,
 weight changes.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,8 +28,11 @@ from rana_compile.passes.interpret import Handler
 from rana_compile.passes.record import dense, dense_handler, flat_rows
 from rana_compile.processes import Processes
 from rana_compile.progress import Progress
-from rana_compile.types import Site
+from rana_compile.types import ConfigError, Site
 
+log = logging.getLogger(__name__)
+
+LEARNING_STEPS = 128  # where the user says nothing and the model is on an accelerator
 LEARNT = ("threshold",)  # of inputs and ranks; of hidden neurons, each live for few tokens, it does not carry over
 RATE, RATE_OF_MASKS = 0.005, 0.02  # of Adam, in units of log t; a cosine brings them to FLOOR of that
 FLOOR = 0.05
@@ -41,6 +45,12 @@ TINY = 1e-30
 
 Run = Callable[[Handler, Batch], Any]
 Adapters = Mapping[Site, tuple[str, Tensors]]
+
+
+def check_steps(steps: int | None) -> None:
+    """Raises ConfigError unless it is a number of steps, or None."""
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 0):
+        raise ConfigError(f"learning_steps is {steps!r}; expected a number of steps, 0 for none")
 
 
 class _Learner:
@@ -146,6 +156,7 @@ def learn(
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     price: float | None = None
+    left_out = 0
     for step in range(steps):
         bar.say("learning thresholds")
         order = order or torch.randperm(len(batches), generator=generator).tolist()
@@ -153,7 +164,8 @@ def learn(
         errors, costs = processes.sum(errors), processes.sum(costs)
         (cost,) = (total / processes.count for total in processes.total(cost))
         bar.step()
-        if not (errors.isfinite().all() and costs.isfinite().all()):  # of this batch alone
+        if not (errors.isfinite().all() and costs.isfinite().all()):
+            left_out += 1
             continue
         sizes = [t.numel() for t in every]
         masks = sum(sizes[len(own) :])  # their sums are those of all coordinates
@@ -169,6 +181,8 @@ def learn(
         if slope:
             back = RETURN * (cost - 1) * processes.count / slope
             learner.shift -= min(max(back, -MOST), MOST)
+    if left_out:
+        log.warning("%d of %d learning steps were left out: their gradients were not finite", left_out, steps)
     means = {site: [n / processes.count for n in processes.total(*each)] for site, each in learner.live.items()}
     with torch.no_grad():
         return {site: (name, learner.tensors(site)) for site, (name, _) in adapters.items()}, means
@@ -186,9 +200,8 @@ def _gradients(
         flops, slope = learner.cost()
     if not output.requires_grad:  # it reached no adapted site
         return _flat([None] * len(parameters), parameters), _flat([None] * len(parameters), parameters), flops / wanted
-    with (
-        torch.no_grad()
-    ):  # of KL(dense ‖ adapted) by what the model returned, summed over rows: float16 has no room for less
+    # of KL(dense ‖ adapted) by what the model returned, summed over rows: float16 has no room for less
+    with torch.no_grad():
         upstream = output.float().softmax(-1).sub_(expected).to(output.dtype)
     costs = torch.autograd.grad(slope / wanted, parameters, retain_graph=True, allow_unused=True)
     errors = torch.autograd.grad(output, parameters, upstream, allow_unused=True)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rana_compile.binding import bound_plans, latest, plainly
-from rana_compile.calibration import fit_recorded
 from rana_compile.config import BackendOptions
 from rana_compile.memory import naming_remedy
 from rana_compile.objective import divergence
@@ -29,6 +28,7 @@ from rana_compile.passes.match import Found
 from rana_compile.passes.record import Adapted, dense_handler
 from rana_compile.passes.replay import Output
 from rana_compile.plan import Plan
+from rana_compile.recorded import fit_recorded
 from rana_compile.report import totals
 from rana_compile.types import RanaError, Site, Skipped, common_name
 

@@ -49,6 +49,7 @@ LAYERS = (
     {"learning"},
     {"correction", "checkpoint"},
     {"calibration", "evaluation", "observation", "quality"},
+    {"recorded"},
     {"self_calibration", "profiled", "wrapped_generate"},
     {"backend"},
     {"outlook", "testing"},

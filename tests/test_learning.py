@@ -192,3 +192,19 @@ def test_want_of_memory_leaves_the_plan_as_it_was(
     monkeypatch.setattr("rana_compile.correction.learn", full)
     plan = rana_compile.calibrate(model, tokens(4), 0.6, progress=False, learning_steps=4)
     assert plan.digest() == plain.digest() and "want of memory" in caplog.text
+
+
+def test_a_step_without_finite_gradients_is_left_out_and_told(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, calls = learning._gradients, []
+
+    def broken(*of: Any) -> tuple[Tensor, Tensor, float]:
+        errors, costs, cost = whole(*of)
+        calls.append(cost)
+        return (errors * torch.nan if len(calls) == 2 else errors), costs, cost
+
+    monkeypatch.setattr(learning, "_gradients", broken)
+    plan = calibrate(model, learning_steps=3)
+    assert len(calls) == 3 and "1 of 3 learning steps were left out" in caplog.text
+    assert all(t.isfinite().all() for site in plan.sites for t in site.tensors.values())

@@ -65,7 +65,7 @@ class Family(Protocol):
         """The weights [d_out_i, d_in] as views of the layouts; none where the layouts do not hold them."""
 
     def decode(self, site: Site, x: Tensor, packed: Tensors, bias: Tensor | None) -> Tensor:
-        """The same through the masked kernels, for few rows: x [..., d_in] -> [..., d_out] (stacked)."""
+        """The same through the masked kernels: x [..., d_in] -> [..., d_out] (stacked)."""
 
     def fixed_flops(self, site: Site, tensors: Tensors) -> float:
         """FLOPs per token whatever the masks say."""
