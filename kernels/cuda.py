@@ -213,13 +213,13 @@ def _blocks(parts: tuple[int, ...], columns: int) -> tuple[tuple[int, int, int],
     return tuple(found)
 
 
-def linear_is_faster(rows: int, *_: Any) -> bool:
+def linear_is_faster(rows: int | None, *_: Any) -> bool:
     """Whether the dense kernel beats the library's product: for one row, 1.1 to 1.8 times (docs/speed.md)."""
     return rows == 1
 
 
 def masked_is_faster(
-    rows: int,
+    rows: int | None,
     d: int,
     d_out: int,
     density: float,
@@ -232,8 +232,10 @@ def masked_is_faster(
 
     A dense product ``before`` it is the library's, or for one row faster, and changes nothing.
     """
+    if rows is None or rows > MAX_ROWS:
+        return False
     case = Case(rows, d, d_out // 2 if gated else d_out, gated, dtype, device)
-    if rows > MAX_ROWS or tuning.is_small(case):
+    if tuning.is_small(case):
         return rows == 1
     with torch.cuda.device(device):
         found = tuning.measured(case, _run)

@@ -95,16 +95,19 @@ def is_supported(device_type: str) -> bool:
     return device_type in _LOADERS
 
 
-def linear_is_faster(rows: int, d: int, d_out: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the dense kernel beats the library's product of x [rows, d] and weight [d_out, d] on this device."""
-    if dtype not in DTYPES or not is_supported(device.type) or not 0 < rows:
+def linear_is_faster(rows: int | None, d: int, d_out: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the dense kernel beats the library's product of x [rows, d] and weight [d_out, d] on this device.
+
+    ``rows`` is None where their number varies: whether it is better on the whole, and never worth mentioning slower.
+    """
+    if dtype not in DTYPES or not is_supported(device.type) or rows == 0:
         return False
     load(device.type)
     return bool(import_module(_LOADERS[device.type]).linear_is_faster(rows, d, d_out, dtype))
 
 
 def masked_is_faster(
-    rows: int,
+    rows: int | None,
     d: int,
     d_out: int,
     density: float,
@@ -116,13 +119,13 @@ def masked_is_faster(
     """Whether the masked kernel beats the library's dense product on this device; measured there at the first call.
 
     For z [rows, d] of which ``density`` is live in each row, weight_t [d, d_out], or [d, 2h] of a gated MLP if
-    ``gated``. The rows share the weight rows that any of them needs. ``before``: the inputs of a dense product that
-    gives z and is part of the op, as a rank adapter's. False for a dtype or device without kernels.
+    ``gated``. The rows (None as above) share the weight rows that any of them needs. ``before``: the inputs of a dense
+    product that gives z and is part of the op, as a rank adapter's. False for a dtype or device without kernels.
     """
-    if dtype not in DTYPES or not is_supported(device.type) or not 0 < rows:
+    if dtype not in DTYPES or not is_supported(device.type) or rows == 0:
         return False
     load(device.type)
-    union = 1 - (1 - min(density, 1.0)) ** rows
+    union = 1.0 if rows is None else 1 - (1 - min(density, 1.0)) ** rows
     module = import_module(_LOADERS[device.type])
     return bool(module.masked_is_faster(rows, d, d_out, union, dtype, device, gated, before))
 

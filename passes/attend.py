@@ -17,9 +17,7 @@ from rana_compile.kernels.ops import DTYPES
 
 def lower_single_queries(gm: fx.GraphModule) -> int:
     """Replace them in place, in a graph without gradients. Returns how many; recompiles if there is one."""
-    found = [
-        node for node in gm.graph.nodes if node.op == "call_function" and node.target is _SDPA and _is_single(node)
-    ]
+    found = [node for node in gm.graph.nodes if node.op == "call_function" and node.target is SDPA and _is_single(node)]
     for node in found:
         node.target = single_query_attention
     if found:
@@ -27,13 +25,20 @@ def lower_single_queries(gm: fx.GraphModule) -> int:
     return len(found)
 
 
-_SDPA = F.scaled_dot_product_attention
+SDPA = F.scaled_dot_product_attention
+
+
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """What a node hands to ``scaled_dot_product_attention``, by name."""
+    return dict(zip(_NAMES, node.args, strict=False)) | node.kwargs
 
 
 def _is_single(node: fx.Node) -> bool:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    named: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
-    query, key, value = (named[name].meta["example_value"] for name in names[:3])
+    named = arguments(node)
+    query, key, value = (named[name].meta["example_value"] for name in _NAMES[:3])
     if named.get("dropout_p") or named.get("is_causal") or torch.is_autocast_enabled("cpu"):
         return False
     dtypes = {key.dtype, value.dtype, node.meta["example_value"].dtype}  # autocast inside the graph changes the last

@@ -5,6 +5,7 @@ One handler records inputs and gradients, another computes adapters; the graph i
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from itertools import count
 from types import CodeType, FunctionType
 from typing import Any
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.pgo import get_code_state
 from torch._guards import TracingContext
+from torch.utils.checkpoint import checkpoint
 
 from rana_compile.interrupts import to_the_end
 from rana_compile.offload import Weights
 from rana_compile.passes.expand import expand
 from rana_compile.passes.find import find_sites
 from rana_compile.passes.match import Found, Match
+from rana_compile.passes.segments import segments
 from rana_compile.types import RanaError, Site
 
 Handler = Callable[[Site, Tensor, Sequence[Tensor], Sequence[Tensor | None]], Sequence[Tensor]]
@@ -28,19 +31,70 @@ _CAPTURES = count()
 
 
 class SiteInterpreter(fx.Interpreter):
-    """Executes a graph; ``handler(site, x, weights, biases)`` gives the outputs of a site's linears."""
+    """Executes a graph; ``handler(site, x, weights, biases)`` gives the outputs of a site's linears.
+
+    Of a handler with ``again``, which gives the same outputs and nothing else, little is kept for the backward pass.
+    """
 
     def __init__(
         self, gm: fx.GraphModule, matches: Sequence[Match], handler: Handler, weights: Weights | None = None
     ) -> None:
         super().__init__(gm)
         self._weights = weights
+        self._sites = matches
         self._matches = {lin.node: (match, i) for match in matches for i, lin in enumerate(match.linears)}
-        self._outputs: dict[int, Sequence[Tensor]] = {}
+        self._outputs: dict[int, dict[int, Tensor]] = {}  # of matches, those still to be read
         self._handler = handler
         kept = {lin.weight for match in matches for lin in match.linears}  # also where the graph reads a view of it
         for forgotten in self.user_to_last_uses.values():
             forgotten[:] = [node for node in forgotten if node not in kept]
+
+    def run(self, *args: Any, **settings: Any) -> Any:
+        again: Handler | None = getattr(self._handler, "again", None)
+        if again is None or not (self._weights is None or self._weights.has_all):
+            return super().run(*args, **settings)
+        first, *forgotten = segments(self.graph, self._sites)
+        last = forgotten.pop() if forgotten else []
+        self.env, self.args_iter = {}, iter(args)
+        self._run_nodes(first)
+        for nodes in forgotten:
+            self._run_forgetting(nodes, again)
+        self._run_nodes(last)
+        return self.env[(last or first)[-1]]
+
+    def _run_nodes(self, nodes: Sequence[fx.Node]) -> None:
+        for node in nodes:
+            self.env[node] = self.run_node(node)
+            for dead in self.user_to_last_uses.get(node, ()):
+                del self.env[dead]
+
+    def _run_forgetting(self, nodes: Sequence[fx.Node], again: Handler) -> None:
+        """As ``_run_nodes``, once more in the backward pass, with the sites in the hands of ``again``."""
+        inside = set(nodes)
+        needed = list(dict.fromkeys(n for node in nodes for n in self._inputs(node) if n not in inside))
+        leaving = [node for node in nodes if not inside.issuperset(node.users)]
+        handlers = iter([self._handler])
+
+        def run(*values: Any) -> list[Any]:
+            part = copy(self)
+            part.env, part._outputs = dict(zip(needed, values, strict=True)), {}
+            part._handler = next(handlers, again)
+            part._run_nodes(nodes)
+            return [part.env[node] for node in leaving]
+
+        values = [self.env[node] for node in needed]
+        self.env.update(zip(leaving, checkpoint(run, *values, use_reentrant=False), strict=True))
+        for node in nodes:
+            for dead in self.user_to_last_uses.get(node, ()):
+                self.env.pop(dead, None)
+
+    def _inputs(self, node: fx.Node) -> list[fx.Node]:
+        """What a node needs; of a site, which its first linear runs, also what views of weights were made of."""
+        if node not in self._matches:
+            return node.all_input_nodes
+        match, _ = self._matches[node]
+        own = [n for lin in match.linears for n in (lin.weight, lin.bias) if n is not None]
+        return [*node.all_input_nodes, match.x, *own]
 
     def run_node(self, n: fx.Node) -> Any:
         if n not in self._matches:
@@ -50,8 +104,9 @@ class SiteInterpreter(fx.Interpreter):
             weights = [self._value(lin.weight) for lin in match.linears]
             biases = [None if lin.bias is None else self._value(lin.bias) for lin in match.linears]
             oriented = match.site.oriented(weights)
-            self._outputs[id(match)] = self._handler(match.site, self._value(match.x), oriented, biases)
-        return self._outputs[id(match)][index]
+            outputs = self._handler(match.site, self._value(match.x), oriented, biases)
+            self._outputs[id(match)] = dict(enumerate(outputs))
+        return self._outputs[id(match)].pop(index)
 
     def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
         return fx.node.map_arg(args, self._value)

@@ -3,6 +3,7 @@
 A ``Match`` holds live ``fx.Node``s and belongs to one graph; its ``Site`` is portable.
 """
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -12,7 +13,10 @@ from torch import fx
 
 from rana_compile.types import Site, Skipped
 
-_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "setitem"}
+_IN_PLACE = {
+    *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift"),
+    *("irshift", "iconcat", "setitem", "delitem"),
+}
 
 
 @dataclass(frozen=True)
@@ -131,9 +135,22 @@ def op_name(node: fx.Node) -> str:
 
 
 def is_mutated(node: fx.Node) -> bool:
-    """Whether a user changes the value in place (``add_``, ``iadd``), so that its readers may not be moved."""
-    names = {op_name(user) for user in node.users}
-    return any(name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) for name in names)
+    """Whether a user changes the value in place, so that its readers may not be moved."""
+    return any(map(is_in_place, node.users))
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Whether a node may write to what it is given (``add_``, ``iadd``, ``inplace=True``)."""
+    name = op_name(node)
+    keyword = getattr(operator, name, None) is node.target  # and_, not_
+    named = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and not keyword)
+    return named or "out" in node.kwargs or bool(node.kwargs.get("inplace")) or _is_mutable(node.target)
+
+
+def _is_mutable(target: object) -> bool:
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(_is_mutable(getattr(target, name)) for name in target.overloads())
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def shape(node: fx.Node) -> torch.Size:

@@ -65,30 +65,38 @@ class Recorder:
     def __call__(
         self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> tuple[Tensor, ...]:
-        if not torch.isfinite(x).all():
+        rows = flat_rows(x.detach())  # what autograd keeps, it expects of ``again`` too
+        if not torch.isfinite(rows).all():
             raise RanaError(
                 f"{site.name}: its input holds NaN or infinity on calibration data; check the model and the data"
             )
         if self.basis_rows and self.has_moment(site):
-            rows = flat_rows(x).detach().float()
             total, seen = self.moments.get(site, (torch.zeros((), device=x.device), 0))
             with torch.autocast(x.device.type, enabled=False):
-                self.moments[site] = (total + rows.t() @ rows, seen + len(rows))
+                self.moments[site] = (total + rows.float().t() @ rows.float(), seen + len(rows))
         if site not in self.samples:
             self.samples[site] = Sample(self._capacity(), len(weights), self._seed)
         sample = self.samples[site]
-        taken, slots = sample.offer(flat_rows(x), fresh=not self.basis_rows)
+        taken, slots = sample.offer(rows, fresh=not self.basis_rows)
 
         def keep(part: int) -> Callable[[Tensor], None]:
             return lambda u: sample.offer_gradient(part, flat_rows(u), taken, slots)
 
-        outputs = []
-        for part, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            # its gradient is this linear's share alone; at the first site gradients start
-            own = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        inputs = [_own(x) for _ in weights]
+        for part, own in enumerate(inputs):
             own.register_hook(keep(part))
-            outputs.append(F.linear(own, weight, bias))
-        return tuple(outputs)
+        return tuple(map(F.linear, inputs, weights, biases))
+
+    def again(
+        self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> tuple[Tensor, ...]:
+        """The same outputs, with nothing recorded."""
+        return tuple(map(F.linear, [_own(x) for _ in weights], weights, biases))
+
+
+def _own(x: Tensor) -> Tensor:
+    """One linear's input, so that its gradient is this linear's share alone; at the first site gradients start."""
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 
 class Adapted:

@@ -12,6 +12,7 @@ from rana_compile.binding import Bound, Stamp, bind, stamp
 from rana_compile.config import BackendOptions
 from rana_compile.kernels import ops
 from rana_compile.passes.attend import lower_single_queries
+from rana_compile.passes.causal import lower_causal_masks
 from rana_compile.passes.expand import expand
 from rana_compile.passes.find import bind_sites
 from rana_compile.passes.fuse import fuse_gated_mlps
@@ -112,6 +113,7 @@ def adapt_graph(
     adapted = rewrite(gm, fuse_gated_mlps(lowerings)) if lowerings else copy_dynamo_graph(gm)[0]
     if lowerings and options.compiler == "inductor" and not torch.is_grad_enabled():
         lower_single_queries(adapted)
+    lower_causal_masks(adapted)
     _trace(adapted)
     return adapted, refresh
 
@@ -161,13 +163,13 @@ def is_left_dense(match: Match, options: BackendOptions, decode: bool) -> bool:
 
 
 def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -> bool:
-    """Whether the kernels take this site: rows fixed at compile time, one dtype they know, and faster there.
+    """Whether the kernels take this site: one dtype they know, and faster for these rows (``None``: for any number).
 
     Without a plan densities are unknown, and one row is assumed to gain.
     """
     rows, device, dtype = match.rows, weights[0].device, weights[0].dtype
     mixed = {match.x.meta["example_value"].dtype, *(w.dtype for w in weights)} != {dtype}
-    if not rows or mixed or dtype not in ops.DTYPES or not ops.is_supported(device.type):
+    if rows == 0 or mixed or dtype not in ops.DTYPES or not ops.is_supported(device.type):
         return False
     if entry is None or "threshold" not in entry.tensors or entry.family == "gated":
         if entry is None or entry.family != "dense":
@@ -179,7 +181,8 @@ def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -
     before = None if basis is None else site.d_in
     faster = ops.masked_is_faster(rows, d, site.d_out, density, dtype, device, gated, before)
     if not faster:
-        log.debug("%s: for %d rows the dense product is faster than the masked kernel here", site.name, rows)
+        told = "%s: for %s rows the dense product is faster than the masked kernel here"
+        log.debug(told, site.name, rows or "any number of")
     return faster
 
 

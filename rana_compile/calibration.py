@@ -25,8 +25,8 @@ from rana_compile.data import Batch, as_batches, check_enough, rows_of
 from rana_compile.fitting import Candidate, Evidence, is_tall
 from rana_compile.flops import bytes_read, dense_flops, total_dense_flops
 from rana_compile.learning import LEARNING_STEPS, check_steps
-from rana_compile.memory import naming_remedy
-from rana_compile.objective import summed_loss
+from rana_compile.memory import naming_remedy, one_by_one
+from rana_compile.objective import differentiate
 from rana_compile.offload import SiteWeights, Weights
 from rana_compile.passes.interpret import Handler, capturing
 from rana_compile.passes.match import Found
@@ -292,12 +292,10 @@ class Session:
         recorder = Recorder(lambda: self._capacity(rows), self.seed, has_moment)
         generator = torch.Generator().manual_seed(self.seed + self._processes.rank)
         done = self._recorded_before(batches, recorder, generator)
-        for i, batch in enumerate(batches[done:], done):
+        for i, batch in one_by_one(enumerate(batches[done:], done)):
             self.bar.say("recording inputs and gradients")
             recorder.basis_rows = i % 2 == 1 or len(batches) == 1
-            output = self.run_with(recorder, batch)
-            if recorder.samples:
-                summed_loss(output, generator).backward()
+            differentiate(self.run_with(recorder, batch), generator)
             if self._checkpoint is not None:
                 self._checkpoint.keep(i + 1, recorder, generator, last=i + 1 == len(batches))
             self.bar.step()

@@ -18,6 +18,7 @@ from rana_compile.adapters import FAMILIES, Tensors
 from rana_compile.data import Batch, rows_of
 from rana_compile.fitting import Candidate
 from rana_compile.learning import learn
+from rana_compile.memory import one_by_one
 from rana_compile.objective import divergence, main_output
 from rana_compile.passes.interpret import Handler
 from rana_compile.passes.record import Adapted, dense_handler
@@ -198,7 +199,7 @@ class Fitter:
     def _refit(self, choice: Choice, batches: Sequence[Batch], live: Mapping[Site, Sequence[float]]) -> Choice:
         """Thresholds again, on the inputs each site sees when the sites before it are adapted."""
         refitting = Adapted(_adapters(choice), live, self._processes)
-        for batch in batches:
+        for batch in one_by_one(batches):
             self._bar.say("refitting thresholds with the adapters on")
             self._run(refitting, batch)
             self._bar.step()
@@ -207,7 +208,7 @@ class Fitter:
     def _divergences(self, handlers: Sequence[Handler], batches: Sequence[Batch]) -> list[float]:
         """Divergence from the dense model with each handler, in nats per row."""
         totals, rows = [0.0] * len(handlers), 0
-        for batch in batches:
+        for batch in one_by_one(batches):
             self._bar.say("measuring on held-back batches")
             dense = main_output(self._run(dense_handler, batch))
             for i, handler in enumerate(handlers):

@@ -10,32 +10,37 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rana_compile.types import ConfigError, RanaError
 
+AT_ONCE = 64  # rows of logits of which copies are made
 
-def summed_loss(output: Any, generator: torch.Generator) -> Tensor:
-    """A scalar, summed over tokens, whose gradient is recorded. Raises RanaError where the output is not finite."""
-    logits = getattr(output, "logits", None)
-    value = main_output(output)
+
+def differentiate(output: Any, generator: torch.Generator) -> None:
+    """The backward pass of the loss, summed over tokens. Raises RanaError where the output is not finite."""
+    value, logits = main_output(output), getattr(output, "logits", None)
+    if not value.requires_grad:  # no site was reached
+        return
     if (value < math.inf).all():  # logits of minus infinity rule a token out
-        loss = _of_logits(logits, generator) if isinstance(logits, Tensor) else _along_a_direction(value, generator)
+        if isinstance(logits, Tensor):
+            logits.backward(_slope(logits.detach(), generator))
+            return
+        loss = _along_a_direction(value, generator)
         if torch.isfinite(loss):
-            return loss
+            loss.backward()
+            return
     raise RanaError(
         "the model's output holds NaN or infinity on calibration data; check the model and the data, or use a wider "
         "dtype"
     )
 
 
-def _of_logits(logits: Tensor, generator: torch.Generator) -> Tensor:
-    flat = logits.reshape(-1, logits.shape[-1]).float()
-    with torch.no_grad():
-        probabilities = flat.softmax(-1).cpu()
-        labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(flat.device)
-    return F.cross_entropy(flat, labels, reduction="sum")
+def _slope(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Of the negative log-likelihood of labels drawn from these logits [..., vocabulary], with respect to them."""
+    slope = logits.reshape(-1, logits.shape[-1]).float().softmax(-1)
+    labels = torch.multinomial(slope.cpu(), 1, generator=generator).to(slope.device)
+    return slope.scatter_add_(1, labels, slope.new_full(labels.shape, -1.0)).view_as(logits).to(logits.dtype)
 
 
 def _along_a_direction(value: Tensor, generator: torch.Generator) -> Tensor:
@@ -56,5 +61,9 @@ def main_output(output: Any) -> Tensor:
 
 def divergence(dense: Tensor, adapted: Tensor) -> float:
     """Mean KL(dense ‖ adapted) in nats per row over the last dimension's distributions."""
-    p, q = dense.float().log_softmax(-1), adapted.float().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
+    width = dense.shape[-1]
+    total = torch.zeros((), dtype=torch.float64, device=dense.device)
+    for p, q in zip(*(t.reshape(-1, width).split(AT_ONCE) for t in (dense, adapted)), strict=True):
+        p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        total += (p.exp() * (p - q)).sum()
+    return float(total / (dense.numel() // width))

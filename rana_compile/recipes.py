@@ -29,6 +29,7 @@ from rana_compile.fitting import (
     rank_candidates,
 )
 from rana_compile.flops import dense_flops
+from rana_compile.memory import one_by_one
 from rana_compile.types import ConfigError, Site
 
 SHARES = tuple(range(3, 10))  # of eighteenths
@@ -49,17 +50,17 @@ Recipe = Callable[[Sequence[Evidence], Sequence[Mlp], float], Choice]
 
 
 def neuron_recipe(evidence: Sequence[Evidence], mlps: Sequence[Mlp], share: float) -> Candidates:
-    return {e.site: [dense_candidate(e), *neuron_candidates(e)] for e in evidence}
+    return {e.site: [dense_candidate(e), *neuron_candidates(e)] for e in one_by_one(evidence)}
 
 
 def auto_recipe(evidence: Sequence[Evidence], mlps: Sequence[Mlp], share: float) -> Candidates:
     candidates = neuron_recipe(evidence, mlps, share)
     by_site = {e.site: e for e in evidence}
     first = solve(candidates, share * sum(map(dense_flops, candidates)))
-    for mlp in mlps:  # what a gate saves depends on what down drops anyway
+    for mlp in one_by_one(mlps):  # what a gate saves depends on what down drops anyway
         for site in mlp.inputs:
             candidates[site] += gated_candidates(by_site[site], by_site[mlp.down], first[mlp.down])
-    for e in evidence:
+    for e in one_by_one(evidence):
         candidates[e.site] += rank_candidates(e)
     return candidates
 

@@ -15,6 +15,7 @@ from rana_compile import Plan
 from rana_compile.adapters.neuron import neuron_tensors
 from rana_compile.backend import is_left_dense
 from rana_compile.config import BackendOptions
+from rana_compile.kernels import ops
 from rana_compile.types import Site
 
 
@@ -141,6 +142,26 @@ def test_dense_prefill_keeps_the_rows_of_a_batch_in_decode() -> None:
     assert is_dense(16, False) and is_dense(17, True) and is_dense(None, True) and is_dense(None, False)
     usual = BackendOptions.parse({"plan": "p"}, None)
     assert not is_left_dense(SimpleNamespace(rows=17), usual, True)
+
+
+def test_kernels_take_a_number_of_rows_that_varies(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def faster(rows: int | None, *_: object) -> bool:
+        asked.append(rows)
+        return True
+
+    monkeypatch.setattr(ops, "masked_is_faster", faster)
+    linear = nn.Linear(48, 40)
+    threshold = torch.full((1, 48), 0.5)
+    site = Site("", "linear", ("weight",), 48, (40,))
+    plan = plan_of(linear, (site, "neuron", neuron_tensors(threshold)))
+    fast = torch.compile(linear, backend="rana", dynamic=True, options={"plan": plan})
+    with torch.no_grad():
+        for rows in (3, 40, 17, 300):
+            x = torch.randn(rows, 48)
+            torch.testing.assert_close(fast(x), linear(x * (x.abs() >= 0.5)), rtol=1e-4, atol=1e-5)
+    assert asked == [None]
 
 
 def test_plan_by_path_and_wrapper(model: nn.Module, plan: Plan, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_calibration_says_what_needs_less_and_leaves_the_model(
 ) -> None:
     model = tiny_llama(layers=1).train()
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    monkeypatch.setattr("rana_compile.calibration.summed_loss", failing(error))
+    monkeypatch.setattr("rana_compile.calibration.differentiate", failing(error))
     with pytest.raises(OutOfMemoryError, match="batches of fewer tokens need less") as found:
         rana_compile.calibrate(model, tokens(4), progress=False)
     assert found.value.__cause__ is error

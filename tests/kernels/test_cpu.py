@@ -189,7 +189,7 @@ def test_no_place_to_write_at_all_is_an_error(compiler: Path, monkeypatch: pytes
     ("rows", "density", "measured", "faster"),
     [
         *((1, 1.0, None, True), (2, 0.5, 2, True), (4, 0.8, 4, True), (4, 1.0, 4, False), (17, 1.0, 32, False)),
-        *((64, 0.5, 64, True), (65, 0.5, 128, True), (5000, 0.5, 256, True)),
+        *((64, 0.5, 64, True), (65, 0.5, 128, True), (300, 0.5, 512, True), (5000, 0.5, 512, True)),
     ],
 )
 def test_the_masked_kernel_is_taken_where_it_was_measured_faster(
@@ -225,6 +225,23 @@ def test_a_dense_product_before_the_mask_has_to_be_faster_too(tmp_path: Path, mo
     assert calls == [("masked_linear", 4, 512, 500)]
     assert not cpu.masked_is_faster(*arguments, before=640)
     assert calls[1:] == [("linear", 4, 640, 512)]
+    cpu._measured.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("shares", "faster"),
+    [((0.5, 0.7, 1.02), True), ((0.5, 0.7, 1.1), False), ((1.02, 1.01, 0.98), False), ((1.02, 0.9, 0.9), True)],
+)
+def test_a_number_of_rows_that_varies_takes_what_loses_next_to_nothing(
+    shares: tuple[float, ...], faster: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_rows = dict(zip(cpu.ANY_ROWS, shares, strict=True))
+    monkeypatch.setenv("RANA_COMPILE_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu, "_measure", lambda op, rows, *_: Measured((), *[100 * by_rows[rows]] * 2, 100.0))
+    cpu._measured.cache_clear()
+    assert ops.masked_is_faster(None, 512, 500, 0.5, torch.float32, torch.device("cpu")) == faster
+    assert ops.linear_is_faster(None, 512, 500, torch.float32, torch.device("cpu")) == faster
+    assert not ops.masked_is_faster(0, 512, 500, 0.5, torch.float32, torch.device("cpu"))
     cpu._measured.cache_clear()
 
 

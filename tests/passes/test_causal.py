@@ -1,0 +1,117 @@
+"""Causal masks that are written out: recognised where they are constant, and never taken for what they are not."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import graph_of, tiny_llama, tokens
+from torch import Tensor, nn
+
+import rana_compile
+from rana_compile.passes.attend import SDPA, arguments
+from rana_compile.passes.causal import lower_causal_masks
+
+N = 8
+
+
+class Attend(nn.Module):
+    def __init__(self, mask: Callable[[Tensor], Tensor], positional: bool = False, **given: object) -> None:
+        super().__init__()
+        self.mask, self.positional, self.given = mask, positional, given
+
+    def forward(self, q: Tensor) -> Tensor:
+        if self.positional:
+            return F.scaled_dot_product_attention(q, q, q, self.mask(q))
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=self.mask(q), **self.given)
+
+
+def steps(q: Tensor) -> Tensor:
+    return torch.arange(q.shape[-2])
+
+
+def written_out(q: Tensor) -> Tensor:
+    return steps(q)[None, None, None] <= steps(q)[:, None]
+
+
+def numbers(q: Tensor, forbidden: float = -torch.inf, allowed: float = 0.0) -> Tensor:
+    return torch.full((N, N), allowed).masked_fill(~written_out(q), forbidden)
+
+
+def window(q: Tensor, size: int) -> Tensor:
+    return written_out(q) & (steps(q) > steps(q)[:, None] - size)
+
+
+def in_place(q: Tensor) -> Tensor:
+    mask = torch.ones(N, N, dtype=torch.bool).tril()
+    mask[0, 1] = True
+    return mask
+
+
+def lowered(module: nn.Module, q: Tensor) -> tuple[int, Tensor]:
+    gm = graph_of(module, q)
+    count = lower_causal_masks(gm)
+    for node in gm.graph.nodes:
+        if node.target is SDPA and count:
+            assert arguments(node)["is_causal"] and arguments(node)["attn_mask"] is None
+    return count, gm(q)[0]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Attend(written_out),
+        Attend(written_out, positional=True),
+        Attend(written_out, scale=0.3, dropout_p=0.0, is_causal=False),
+        Attend(lambda q: written_out(q) & (torch.ones(N).cumsum(0) > 0).expand(2, 1, N, N)),
+        Attend(numbers),
+        Attend(lambda q: numbers(q, torch.finfo(torch.float32).min)),
+        Attend(lambda q: window(q, N)),
+    ],
+)
+def test_a_constant_causal_mask_is_said_in_one_bit(module: nn.Module) -> None:
+    q = torch.randn(2, 3, N, 16)
+    count, found = lowered(module, q)
+    assert count == 1
+    torch.testing.assert_close(found, module(q))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Attend(lambda q: written_out(q) & (q[:1, :1, :, :1] < 100)),  # depends on an input
+        Attend(lambda q: window(q, N - 1)),
+        Attend(lambda q: ~written_out(q)),
+        Attend(lambda q: numbers(q, -5.0)),
+        Attend(lambda q: numbers(q, allowed=1.0)),
+        Attend(lambda q: written_out(q) & (torch.rand(N, N) < 2)),  # as it happens
+        Attend(in_place),
+    ],
+    ids=["input", "window", "the other half", "not minus infinity", "not zero", "random", "changed in place"],
+)
+def test_others_are_left_alone(module: nn.Module) -> None:
+    q = torch.randn(2, 3, N, 16)
+    count, found = lowered(module, q)
+    assert count == 0
+    torch.testing.assert_close(found, module(q))
+
+
+def test_more_keys_than_queries_are_left_alone() -> None:
+    class Longer(nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            mask = torch.arange(N) <= torch.arange(N // 2)[:, None]
+            return F.scaled_dot_product_attention(q, k, k, attn_mask=mask)
+
+    assert lower_causal_masks(graph_of(Longer(), torch.randn(1, 2, N // 2, 4), torch.randn(1, 2, N, 4))) == 0
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_prompt_gives_what_it_gave(dynamic: bool) -> None:
+    model = tiny_llama()
+    plan = rana_compile.calibrate(model, tokens(4), 0.6, "neuron", progress=False)
+    (ids,) = tokens(1, length=24, seed=3)
+    with torch.no_grad(), rana_compile.adapted(model, plan) as run:
+        expected = run(input_ids=ids).logits
+    fast = torch.compile(model, backend="rana", dynamic=dynamic, options={"plan": plan})
+    with torch.no_grad():
+        torch.testing.assert_close(fast(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
