@@ -179,7 +179,8 @@ def methods(
             continue
         batches = fit_on.split(1)
         patterns = settings.include, settings.exclude
-        with calibration(model, batches, *patterns, separate_gates=separate, progress=False) as session:
+        fits = len(wanted) * len(settings.budgets)
+        with calibration(model, batches, *patterns, separate_gates=separate, progress=False, fits=fits) as session:
             for asked in settings.budgets:
                 for name, recipe in wanted.items():
                     yield name, recipe, asked, session

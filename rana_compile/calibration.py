@@ -157,8 +157,8 @@ def calibration(
 ) -> Iterator["Session"]:
     """A session whose ``fit`` may be called for many budgets and recipes on what was recorded once.
 
-    Arguments and errors as of ``calibrate``; ``separate_gates`` is what recipe ``rana`` needs, ``fits`` how many fits
-    the progress bar counts on. The checkpoint is removed when the block ends well.
+    Arguments and errors as of ``calibrate``; ``separate_gates`` is what recipe ``rana`` needs; after the last of
+    ``fits`` what was recorded is forgotten (one more records anew). The checkpoint is removed when the block ends well.
     """
     processes = Processes(group)
     parameters = Weights(model)
@@ -176,7 +176,7 @@ def calibration(
         with Progress(progress, (1 + 2 * fits) * len(data)) as bar:
             kept = Checkpoint(processes.own(checkpoint)) if isinstance(checkpoint, str | PathLike) else checkpoint
             settings = (separate_gates, [keep(name) for name in parameters])
-            yield Session(parameters, run, capture, bar, seed, *split_held_back(data), kept, settings, processes)
+            yield Session(parameters, run, capture, bar, seed, *split_held_back(data), kept, settings, processes, fits)
             if kept is not None:
                 kept.remove()
 
@@ -209,7 +209,9 @@ class Session:
         checkpoint: Checkpoint | None = None,
         settings: Sequence[Any] = (),
         processes: Processes = ALONE,
+        fits: int = 1,
     ) -> None:
+        self._left = fits
         self.parameters = parameters
         self._processes = processes
         self._checkpoint, self._settings = checkpoint, settings
@@ -227,25 +229,34 @@ class Session:
         """
         check_recipe(recipe, target.unit)
         check_steps(learning_steps)
-        recorder = self._record(is_tall if isinstance(recipe, str) and recipe in GLOBAL else every_site)
+        several = GLOBAL.get(recipe) if isinstance(recipe, str) else None
+        self._record(is_tall if several else every_site)
         found = self.capture.found[0]
-        evidence = [self._evidence(site, sample, recorder) for site, sample in recorder.samples.items()]
-        mlps = self._mlps(found, recorder)
         fitter = Fitter(
             self.run_with, self.fitting, self.held_back, self.bar, MAX_REFITS if refit else 0, self._processes
         )
         self.bar.say("choosing adapters")
-        if isinstance(recipe, str) and recipe in GLOBAL:
-            problem = Problem(GLOBAL[recipe](evidence, mlps, target.share), self._cost_of(target))
+        if several:
+            problem = Problem(self._chosen(several, target, found), self._cost_of(target))
             fitted = fitter.search(problem, target)
             if learning_steps is None:
-                learning_steps = LEARNING_STEPS if self._has_accelerator(recorder.samples) else 0
+                learning_steps = LEARNING_STEPS if self._has_accelerator(problem.candidates) else 0
             if learning_steps:
                 fitted = fitter.learned(fitted, self.fitting, learning_steps, self.seed)
         else:
             direct = DIRECT[recipe] if isinstance(recipe, str) else recipe
-            fitted = fitter.fitted(direct(evidence, mlps, target.share), fitter.everything)
+            fitted = fitter.fitted(self._chosen(direct, target, found), fitter.everything)
         return self._plan(fitted, target, recipe, found)
+
+    def _chosen(self, recipe: Callable[..., Any], target: Target, found: Found) -> Any:
+        """What the recipe makes of what was recorded, which after the last fit goes: it is most of the memory."""
+        recorder = self._recorder
+        assert recorder is not None
+        evidence = [self._evidence(site, sample, recorder) for site, sample in recorder.samples.items()]
+        self._left -= 1
+        if self._left <= 0:
+            self._recorder = None
+        return recipe(evidence, self._mlps(found, recorder), target.share)
 
     def refit(self, plan: Plan) -> Plan:
         """The plan's adapters with thresholds that realise what it was asked for on these batches."""

@@ -99,10 +99,21 @@ def test_same_seed_same_plan(model: nn.Module) -> None:
         assert all(torch.equal(x.tensors[k], y.tensors[k]) for k in x.tensors)
 
 
+def test_what_was_recorded_goes_after_the_last_fit_and_comes_back_for_another(model: nn.Module) -> None:
+    with calibration(model, tokens(6), progress=False, fits=2) as session:
+        target = Target("flops", 0.6)
+        plans = [session.fit(target)]
+        assert session._recorder is not None
+        plans.append(session.fit(target))
+        assert session._recorder is None
+        plans.append(session.fit(target))
+    assert len({plan.digest() for plan in plans}) == 1
+
+
 def test_second_moments_are_kept_where_they_are_read(model: nn.Module) -> None:
     """They take 4 d_in² bytes a site; a session that goes on with a recipe that reads all records anew."""
     plans = []
-    with calibration(model, tokens(6), progress=False, fits=2) as session:
+    with calibration(model, tokens(6), progress=False, fits=4) as session:
         for recipe, of_down in (("auto", False), (best_everywhere, True), ("auto", True)):
             plans.append(session.fit(Target("flops", 0.6), recipe))
             kept = {site.kind for site in session._recorder.moments}
