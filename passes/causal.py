@@ -6,6 +6,8 @@ Traced, transformers writes the mask out. Attention that knows what it looks lik
 and on CUDA is the flash kernel.
 """
 
+import logging
+from collections.abc import Iterable
 from typing import Any
 
 import networkx as nx
@@ -15,7 +17,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rana_compile.passes.attend import SDPA, arguments
-from rana_compile.passes.match import digraph_of, is_mutated
+from rana_compile.passes.match import digraph_of, is_in_place
+
+log = logging.getLogger(__name__)
 
 MOST = 1 << 26  # elements of a mask that is looked at
 
@@ -28,8 +32,7 @@ def lower_causal_masks(gm: fx.GraphModule) -> int:
     changed = [(node, given) for node, given in calls if given.get("attn_mask") in causal and _is_square(given)]
     for node, given in changed:
         node.args, node.kwargs = (), given | {"attn_mask": None, "is_causal": True}
-    if changed:
-        gm.graph.eliminate_dead_code()
+    if changed:  # what made the mask stays for the compiler to remove, which knows what writes in place
         gm.recompile()
     return len(changed)
 
@@ -54,21 +57,17 @@ def _is_causal(gm: fx.GraphModule, mask: fx.Node) -> bool:
     return bool((value == allowed).all())
 
 
-class _RandomnessError(Exception):
-    pass
-
-
 class _Deterministic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise _RandomnessError
+            raise ValueError(f"{func} draws random numbers")
         return func(*args, **(kwargs or {}))
 
 
 def _constant(gm: fx.GraphModule, node: fx.Node) -> Tensor | None:
-    """The node's value if it follows from no input."""
+    """The node's value if it follows from no input, and nothing writes to it or what it is made of."""
     needed = nx.ancestors(digraph_of(gm.graph), node) | {node}
-    if any(n.op not in ("call_function", "call_method") or is_mutated(n) for n in needed):
+    if any(n.op not in ("call_function", "call_method") for n in needed) or _is_written_to(gm.graph, needed):
         return None
     interpreter = fx.Interpreter(gm)
     try:
@@ -76,6 +75,19 @@ def _constant(gm: fx.GraphModule, node: fx.Node) -> Tensor | None:
             for n in gm.graph.nodes:
                 if n in needed:
                     interpreter.env[n] = interpreter.run_node(n)
-    except _RandomnessError:
+    except Exception as error:  # outside of the modes, as vmap's, that parts of a graph run in
+        log.debug("the attention mask %s stays as it is: %s", node.name, error)
         return None
     return interpreter.env[node]
+
+
+def _is_written_to(graph: fx.Graph, nodes: Iterable[fx.Node]) -> bool:
+    """Whether an in-place operation writes to one of the nodes, or to what may be a view of one."""
+    reached = set(nodes)
+    for node in graph.nodes:
+        written = [*node.args[:1], node.kwargs.get("out"), node.kwargs.get("input")]
+        if is_in_place(node) and any(n in reached for n in written if isinstance(n, fx.Node)):
+            return True
+        if node.target is not SDPA and not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    return False

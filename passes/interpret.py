@@ -56,11 +56,14 @@ class SiteInterpreter(fx.Interpreter):
         first, *forgotten = segments(self.graph, self._sites)
         last = forgotten.pop() if forgotten else []
         self.env, self.args_iter = {}, iter(args)
-        self._run_nodes(first)
-        for nodes in forgotten:
-            self._run_forgetting(nodes, again)
-        self._run_nodes(last)
-        return self.env[(last or first)[-1]]
+        try:
+            self._run_nodes(first)
+            for nodes in forgotten:
+                self._run_forgetting(nodes, again)
+            self._run_nodes(last)
+            return self.env[(last or first)[-1]]
+        finally:  # the outputs' graph holds this interpreter, for the backward pass
+            self.env = {}
 
     def _run_nodes(self, nodes: Sequence[fx.Node]) -> None:
         for node in nodes:
@@ -73,16 +76,16 @@ class SiteInterpreter(fx.Interpreter):
         inside = set(nodes)
         needed = list(dict.fromkeys(n for node in nodes for n in self._inputs(node) if n not in inside))
         leaving = [node for node in nodes if not inside.issuperset(node.users)]
+        values = [self.env[node] for node in needed]
         handlers = iter([self._handler])
 
-        def run(*values: Any) -> list[Any]:
+        def run(*given: Any) -> list[Any]:
             part = copy(self)
-            part.env, part._outputs = dict(zip(needed, values, strict=True)), {}
+            part.env, part._outputs = dict(zip(needed, given, strict=True)), {}
             part._handler = next(handlers, again)
             part._run_nodes(nodes)
             return [part.env[node] for node in leaving]
 
-        values = [self.env[node] for node in needed]
         self.env.update(zip(leaving, checkpoint(run, *values, use_reentrant=False), strict=True))
         for node in nodes:
             for dead in self.user_to_last_uses.get(node, ()):

@@ -3,6 +3,7 @@
 A ``Match`` holds live ``fx.Node``s and belongs to one graph; its ``Site`` is portable.
 """
 
+import inspect
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -144,7 +145,17 @@ def is_in_place(node: fx.Node) -> bool:
     name = op_name(node)
     keyword = getattr(operator, name, None) is node.target  # and_, not_
     named = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and not keyword)
-    return named or "out" in node.kwargs or bool(node.kwargs.get("inplace")) or _is_mutable(node.target)
+    return named or "out" in node.kwargs or _asks_for_it(node) or _is_mutable(node.target)
+
+
+def _asks_for_it(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return False
+    try:
+        given = inspect.signature(node.target).bind_partial(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a builtin
+        given = node.kwargs
+    return bool(given.get("inplace"))
 
 
 def _is_mutable(target: object) -> bool:

@@ -14,7 +14,13 @@ from rana_compile.types import RanaError, Site
 
 
 def dense(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+    return _linears([x] * len(weights), weights, biases)
+
+
+def _linears(
+    inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    return tuple(F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
 
 
 def dense_handler(
@@ -72,8 +78,9 @@ class Recorder:
             )
         if self.basis_rows and self.has_moment(site):
             total, seen = self.moments.get(site, (torch.zeros((), device=x.device), 0))
+            wide = rows.float()
             with torch.autocast(x.device.type, enabled=False):
-                self.moments[site] = (total + rows.float().t() @ rows.float(), seen + len(rows))
+                self.moments[site] = (total + wide.t() @ wide, seen + len(rows))
         if site not in self.samples:
             self.samples[site] = Sample(self._capacity(), len(weights), self._seed)
         sample = self.samples[site]
@@ -85,13 +92,13 @@ class Recorder:
         inputs = [_own(x) for _ in weights]
         for part, own in enumerate(inputs):
             own.register_hook(keep(part))
-        return tuple(map(F.linear, inputs, weights, biases))
+        return _linears(inputs, weights, biases)
 
     def again(
         self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> tuple[Tensor, ...]:
         """The same outputs, with nothing recorded."""
-        return tuple(map(F.linear, [_own(x) for _ in weights], weights, biases))
+        return _linears([_own(x) for _ in weights], weights, biases)
 
 
 def _own(x: Tensor) -> Tensor:

@@ -7,14 +7,16 @@ arXiv 1604.06174), for less than one more forward pass.
 """
 
 import math
+import re
 from collections.abc import Iterable
 from itertools import pairwise
 
+import torch
 from torch import fx
 
 from rana_compile.passes.match import Match, is_in_place, op_name
 
-_MODES = ("_set_", "_enter_", "_exit_")  # of gradients, of autocast: a segment could not begin or end inside
+_MODES = re.compile("_set_|_enter_|_exit_|_saved_tensors_hooks|.*_nesting")  # a segment could not begin or end inside
 
 
 def segments(graph: fx.Graph, matches: Iterable[Match]) -> list[list[fx.Node]]:
@@ -27,6 +29,11 @@ def segments(graph: fx.Graph, matches: Iterable[Match]) -> list[list[fx.Node]]:
     spans = sorted((min(at), max(at)) for match in matches if (at := [place[lin.node] for lin in match.linears]))
     each = math.isqrt(len(spans)) or 1
     cuts = [begin for i, (begin, _) in enumerate(spans) if i % each == 0 and all(end < begin for _, end in spans[:i])]
-    if any(is_in_place(node) or op_name(node).startswith(_MODES) for cut in cuts[:1] for node in nodes[cut:]):
+    if any(_runs_once(node) for cut in cuts[:1] for node in nodes[cut:]):
         return [nodes]
     return [nodes[begin:end] for begin, end in pairwise([0, *cuts, len(nodes)])]
+
+
+def _runs_once(node: fx.Node) -> bool:
+    body = isinstance(node.target, torch._ops.HigherOrderOperator)  # may write to anything
+    return body or is_in_place(node) or _MODES.match(op_name(node)) is not None

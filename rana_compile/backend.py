@@ -87,7 +87,8 @@ def adapt_graph(
         entry = entries[match.site.weights]
         places = tuple(position[lin.weight] for lin in match.linears)
         weights = [example_inputs[i] for i in places]
-        training = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
+        traced = match.x.meta["example_value"]
+        training = torch.is_grad_enabled() and any(t.requires_grad for t in (traced, *weights))
         autocast = torch.is_autocast_enabled(weights[0].device.type)
         decode = not training and not autocast and is_decode(match, weights, entry)
         if is_left_dense(match, options, decode):

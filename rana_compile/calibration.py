@@ -306,7 +306,10 @@ class Session:
         for i, batch in one_by_one(enumerate(batches[done:], done)):
             self.bar.say("recording inputs and gradients")
             recorder.basis_rows = i % 2 == 1 or len(batches) == 1
-            differentiate(self.run_with(recorder, batch), generator)
+            output = self.run_with(recorder, batch)
+            if recorder.samples:
+                differentiate(output, generator)
+            del output  # logits are large
             if self._checkpoint is not None:
                 self._checkpoint.keep(i + 1, recorder, generator, last=i + 1 == len(batches))
             self.bar.step()

@@ -14,14 +14,20 @@ from torch import Tensor
 
 from rana_compile.types import ConfigError, RanaError
 
-AT_ONCE = 64  # rows of logits of which copies are made
+AT_ONCE = 1 << 22  # logits of which copies are made
 
 
 def differentiate(output: Any, generator: torch.Generator) -> None:
-    """The backward pass of the loss, summed over tokens. Raises RanaError where the output is not finite."""
+    """The backward pass of the loss, summed over tokens.
+
+    Raises RanaError where the output is not finite, or has no gradients.
+    """
     value, logits = main_output(output), getattr(output, "logits", None)
-    if not value.requires_grad:  # no site was reached
-        return
+    if not value.requires_grad:
+        raise RanaError(
+            "no gradient leads from the model's output to its layers, by which adapters are fitted; remove what cuts "
+            "it off inside of the model (no_grad, inference_mode, detach)"
+        )
     if (value < math.inf).all():  # logits of minus infinity rule a token out
         if isinstance(logits, Tensor):
             logits.backward(_slope(logits.detach(), generator))
@@ -62,8 +68,9 @@ def main_output(output: Any) -> Tensor:
 def divergence(dense: Tensor, adapted: Tensor) -> float:
     """Mean KL(dense ‖ adapted) in nats per row over the last dimension's distributions."""
     width = dense.shape[-1]
-    total = torch.zeros((), dtype=torch.float64, device=dense.device)
-    for p, q in zip(*(t.reshape(-1, width).split(AT_ONCE) for t in (dense, adapted)), strict=True):
+    rows, at_once = dense.numel() // width, max(1, AT_ONCE // width)
+    sums = []
+    for p, q in zip(*(t.reshape(rows, width).split(at_once) for t in (dense, adapted)), strict=True):
         p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-        total += (p.exp() * (p - q)).sum()
-    return float(total / (dense.numel() // width))
+        sums.append((p.exp() * (p - q)).sum())
+    return float(torch.stack(sums).cpu().double().sum() / rows)

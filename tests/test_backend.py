@@ -164,6 +164,19 @@ def test_kernels_take_a_number_of_rows_that_varies(monkeypatch: pytest.MonkeyPat
     assert asked == [None]
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_gradients_pass_through_frozen_weights(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "masked_is_faster", lambda *_: True)
+    linear = nn.Linear(48, 40).requires_grad_(False)
+    site = Site("", "linear", ("weight",), 48, (40,))
+    plan = plan_of(linear, (site, "neuron", neuron_tensors(torch.full((1, 48), 0.5))))
+    fast = torch.compile(linear, backend="rana", dynamic=dynamic, options={"plan": plan})
+    x = torch.randn(20, 48, requires_grad=True)
+    fast(x).sum().backward()
+    expected = linear.weight.sum(0) * (x.abs() >= 0.5)
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_plan_by_path_and_wrapper(model: nn.Module, plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.safetensors")
     (ids,) = tokens(1)

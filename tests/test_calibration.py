@@ -126,6 +126,19 @@ def best_everywhere(evidence: Sequence[Evidence], mlps: object, share: float) ->
     return {e.site: best_rank(e, 0.9) if e.site.d_out >= e.site.d_in else dense_candidate(e) for e in evidence}
 
 
+def test_an_output_cut_off_from_its_layers_is_an_error() -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = tiny_llama(layers=1)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.model(input_ids=input_ids).logits.detach()
+
+    with pytest.raises(RanaError, match="no gradient leads from the model's output"):
+        calibrate(Cut())
+
+
 def test_model_is_left_as_it_was() -> None:
     model = tiny_llama(layers=1).train()
     model.lm_head.weight.requires_grad_(False)

@@ -9,6 +9,7 @@ from support import graph_of, tiny_llama, tokens
 from torch import Tensor, nn
 
 import rana_compile
+from rana_compile import Plan
 from rana_compile.passes.attend import SDPA, arguments
 from rana_compile.passes.causal import lower_causal_masks
 
@@ -46,6 +47,23 @@ def in_place(q: Tensor) -> Tensor:
     mask = torch.ones(N, N, dtype=torch.bool).tril()
     mask[0, 1] = True
     return mask
+
+
+def through_a_view(q: Tensor) -> Tensor:
+    mask = torch.ones(N, N, dtype=torch.bool).tril()
+    mask[:, :3].fill_(True)  # of a prefix everything is seen
+    return mask
+
+
+def numbers_through_a_view(q: Tensor) -> Tensor:
+    mask = torch.full((N, N), -torch.inf).triu(1)
+    mask[0].zero_()
+    return mask
+
+
+def mapped(q: Tensor) -> Tensor:
+    seen = torch.vmap(torch.vmap(lambda i, j: j <= i, (None, 0)), (0, None))
+    return seen(steps(q), steps(q))
 
 
 def lowered(module: nn.Module, q: Tensor) -> tuple[int, Tensor]:
@@ -86,14 +104,40 @@ def test_a_constant_causal_mask_is_said_in_one_bit(module: nn.Module) -> None:
         Attend(lambda q: numbers(q, allowed=1.0)),
         Attend(lambda q: written_out(q) & (torch.rand(N, N) < 2)),  # as it happens
         Attend(in_place),
+        Attend(through_a_view),
+        Attend(numbers_through_a_view),
+        Attend(mapped),
     ],
-    ids=["input", "window", "the other half", "not minus infinity", "not zero", "random", "changed in place"],
+    ids=[
+        *("input", "window", "the other half", "not minus infinity", "not zero", "random", "changed in place"),
+        *("changed through a view", "numbers changed through a view", "of vmap"),
+    ],
 )
 def test_others_are_left_alone(module: nn.Module) -> None:
     q = torch.randn(2, 3, N, 16)
     count, found = lowered(module, q)
     assert count == 0
     torch.testing.assert_close(found, module(q))
+
+
+def test_what_is_written_elsewhere_stays() -> None:
+    class Counting(Attend):
+        def __init__(self) -> None:
+            super().__init__(written_out)
+            self.register_buffer("seen", torch.zeros(3))
+            self.register_buffer("cache", torch.zeros(N, 4))
+
+        def forward(self, q: Tensor) -> Tensor:
+            self.seen.add_(1)
+            self.cache.index_copy_(0, steps(q), q[0, 0])
+            return super().forward(q)
+
+    module, q = Counting(), torch.randn(1, 1, N, 4)
+    plan = Plan((), (), 0.5, 1.0)
+    fast = torch.compile(module, backend="rana", options={"plan": plan, "compiler": "aot_eager"})
+    with torch.no_grad():
+        fast(q), fast(q)
+    assert torch.equal(module.seen, torch.full((3,), 2.0)) and torch.equal(module.cache, q[0, 0])
 
 
 def test_more_keys_than_queries_are_left_alone() -> None:

@@ -1,5 +1,6 @@
 """Recording in segments: the same samples, bit for bit, in less memory; graphs that may not run twice run once."""
 
+import gc
 import operator
 import weakref
 from typing import Any
@@ -92,6 +93,58 @@ def test_samples_are_the_same(module: nn.Module) -> None:
         assert torch.equal(with_.moments[site][0], without.moments[site][0])
 
 
+class Positional(nn.Module):
+    """Activations that are told to write in place by position, across the lines of segments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(24, 24) for _ in range(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = F.elu(layer(x) * 1, 1.0, True)
+        return x
+
+
+def test_activations_in_place_by_position() -> None:
+    x = torch.randn(8, 24)
+    (with_, _), (without, _) = (recorded(Positional(), kind, x) for kind in (Recorder, Unforgetting))
+    assert with_.samples and with_.samples.keys() == without.samples.keys()
+
+
+class Tapped(Layers):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first = self.layers[0](x)
+        return super().forward(first), first.tanh()  # the second is not part of the loss
+
+
+@pytest.mark.parametrize("differentiated", [True, False])
+def test_nothing_stays_alive(differentiated: bool) -> None:
+    for p in (module := Tapped()).parameters():
+        p.requires_grad_(False)
+    gm, args = graph_and_inputs(module, torch.randn(8, 24))
+    with torch.enable_grad():
+        interpreter = SiteInterpreter(gm, find_sites(gm).matches, Recorder(lambda: 8, seed=0))
+        outputs = interpreter.run(*args)
+        if differentiated:
+            outputs[0].sum().backward()
+    gone = [weakref.ref(interpreter), *(weakref.ref(t) for t in outputs)]
+    del interpreter, outputs
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 3
+
+
+def test_an_activation_that_is_written_to_later_is_an_error() -> None:
+    for p in (module := Layers()).parameters():
+        p.requires_grad_(False)
+    gm, args = graph_and_inputs(module, torch.randn(8, 24))
+    with torch.enable_grad():
+        (output,) = SiteInterpreter(gm, find_sites(gm).matches, Recorder(lambda: 8, seed=0)).run(*args)
+        next(t for t in args if isinstance(t, Tensor) and t.dim() == 1).add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
 def test_less_is_kept_for_the_backward_pass() -> None:
     for p in (module := Layers(count=32)).parameters():
         p.requires_grad_(False)
@@ -136,6 +189,7 @@ def test_a_graph_without_sites_is_one_part() -> None:
         (torch.add, {"out": None}, True),
         (F.relu, {"inplace": True}, True),
         (F.relu, {"inplace": False}, False),
+        (F.hardtanh, {"inplace": True}, True),
         (torch.ops.aten.add_, {}, True),
         (torch.ops.aten.copy_.default, {}, True),
         (torch.ops.aten.add.Tensor, {}, False),
