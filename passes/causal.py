@@ -38,12 +38,15 @@ def lower_causal_masks(gm: fx.GraphModule) -> int:
 
 
 def _is_square(given: dict[str, Any]) -> bool:
-    """Whether there is a mask [..., n, n], for as many queries as keys, whose size is known."""
+    """Whether there is a mask [..., n, n] of known size, for as many queries as keys, and no larger than theirs."""
     if not isinstance(given.get("attn_mask"), fx.Node) or given.get("is_causal"):
         return False
     mask, query, key = (given[name].meta["example_value"] for name in ("attn_mask", "query", "key"))
     sizes = [*mask.shape, query.shape[-2], key.shape[-2]]
-    return all(isinstance(n, int) for n in sizes) and len({*sizes[-4:]}) == 1 and mask.numel() <= MOST
+    if not all(isinstance(n, int) for n in sizes) or len({*sizes[-4:]}) > 1 or mask.numel() > MOST:
+        return False
+    pairs = zip(mask.shape[-3::-1], query.shape[-3::-1], strict=False)
+    return mask.dim() <= query.dim() and all(n == 1 or (isinstance(m, int) and n == m) for n, m in pairs)
 
 
 def _is_causal(gm: fx.GraphModule, mask: fx.Node) -> bool:

@@ -120,6 +120,14 @@ def test_others_are_left_alone(module: nn.Module) -> None:
     torch.testing.assert_close(found, module(q))
 
 
+def test_a_mask_for_more_sequences_than_queries_is_left_alone() -> None:
+    class More(nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, k, attn_mask=written_out(q).expand(2, 1, N, N))
+
+    assert lower_causal_masks(graph_of(More(), torch.randn(1, 3, N, 16), torch.randn(2, 3, N, 16))) == 0
+
+
 def test_what_is_written_elsewhere_stays() -> None:
     class Counting(Attend):
         def __init__(self) -> None:
