@@ -2,8 +2,8 @@
 
     scaled_dot_product_attention(q, k, v, arange(n) <= arange(n)[:, None])  →  …(q, k, v, is_causal=True)
 
-Traced, transformers writes the mask out. Attention that knows what it looks like skips the other half, reads no mask,
-and on CUDA is the flash kernel.
+Traced, transformers writes the mask out. Attention that knows what it looks like may skip the other half, and reads
+no mask.
 """
 
 import logging

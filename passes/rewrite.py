@@ -27,7 +27,7 @@ class Lowering:
 
     Attributes:
         family: a name in FAMILIES, or ``dense``.
-        decode: through the masked kernels (a fixed number of rows, no gradients).
+        decode: through the masked kernels (one dtype, no gradients).
         buffers: tensors of the form chosen; keys as the family's ``pack`` (decode, and parts computed together) or
             ``stored`` and ``derive``.
     """
