@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def rana(
         if plan is None:
             return _compile(copy_dynamo_graph(gm)[0], inputs, parsed)  # compilers change what they get
         adapted, refresh = adapt_graph(gm, inputs, plan, parsed)
-        compiled = _compile(adapted, inputs, parsed)
+        compiled = _compile(adapted, inputs, parsed, are_guarded(inputs, parsed))
         return _refreshing(compiled, refresh, parsed.free_dense_weights) if refresh else compiled
 
     if parsed.plan is None:
@@ -193,15 +194,29 @@ def _is_together(match: Match, weights: Sequence[Tensor], entry: SitePlan) -> bo
     return together and entry.family == "neuron" and len({w.dtype for w in weights}) == 1
 
 
-def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions) -> Callable[..., Any]:
+def are_guarded(example_inputs: Sequence[Any], options: BackendOptions) -> bool:
+    """Whether Dynamo's guards hold the sizes and strides of a graph's inputs, so that asserting them is to no purpose.
+
+    An adapter adds two inputs of its own; asserting all of them at every call took 3 % of a prompt on a GPU, where a
+    small model waits for its launches. Not what a backward pass gets, what a second compilation found out about a
+    symbolic size, or strides that ``free_dense_weights`` changes.
+    """
+    symbolic = any(isinstance(size, torch.SymInt) for t in example_inputs for size in getattr(t, "shape", (t,)))
+    return not (symbolic or options.free_dense_weights or torch.is_grad_enabled())
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions, guarded: bool = False
+) -> Callable[..., Any]:
     if options.compiler != "inductor":
         return lookup_backend(options.compiler)(gm, list(example_inputs))
 
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = dict(list_mode_options(options.mode)) if options.mode else {}
-    patches |= dict(options.inductor or {})
+    patches: dict[str, Any] = {"size_asserts": False} if guarded else {}
+    patches |= list_mode_options(options.mode) if options.mode else {}
+    patches |= options.inductor or {}
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
     return compiled
 
@@ -212,12 +227,13 @@ def _refreshing(compiled: Callable[..., Any], refresh: Refresh, share: bool) -> 
     With ``share`` the weights become views of them after the first call, whose strides the graph was compiled for.
     """
 
-    watched = sorted({i for _, places in refresh for i in places})
-    seen: Stamp = ()
+    watched = {i for _, places in refresh for i in places}
+    weights_of = itemgetter(min(watched), *watched)  # of one place alone it would give no tuple
+    seen: Stamp = [], []
 
     def call(*args: Any) -> Any:
         nonlocal seen, share
-        now = stamp([args[i] for i in watched])
+        now = stamp(weights_of(args))
         if now != seen:
             for bound, places in refresh:
                 bound.refresh([args[i] for i in places])

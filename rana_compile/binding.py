@@ -5,6 +5,7 @@ Packed tensors are shared by all graphs of a model (prefill and decode, static a
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,15 +22,20 @@ from rana_compile.types import PlanError
 LESS_MEMORY = (
     "adapted weights are laid out beside the model's own: leave some of them dense (include, exclude), or use bfloat16"
 )
-Stamp = tuple[tuple[int, int], ...]
+Stamp = tuple[list[int], list[int]]  # where weights lie, and how often each was written
 SAMPLE = 4096  # elements of each weight that are remembered
 _THRESHOLDS = {"threshold", "gate_threshold"}  # what a refit changes
 REPLACED = 0.5  # relative change of them from which weights are others, not the same ones trained further
+_PLACE, _VERSION = Tensor.data_ptr, attrgetter("_version")
 
 
 def stamp(weights: Sequence[Tensor]) -> Stamp:
-    """Changes whenever a weight is written in place or replaced."""
-    return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
+    """Changes whenever a weight is written in place or replaced. Made at every call: no Python for each weight."""
+    try:
+        versions = list(map(_VERSION, weights))
+    except RuntimeError:  # tensors made in inference mode count nothing
+        versions = [0 if w.is_inference() else w._version for w in weights]
+    return list(map(_PLACE, weights)), versions
 
 
 @contextmanager
@@ -97,7 +103,7 @@ class Bound:
         now = stamp(weights)
         if now == self._stamp:
             return
-        if [place for place, _ in now] != [place for place, _ in self._stamp]:
+        if now[0] != self._stamp[0]:
             self.entry.check(weights, self._check)  # other tensors, no update of these: a graph may serve two models
         elif self._check and (change := _relative_change(self._sample, _sample(weights))) > REPLACED:
             raise PlanError(
@@ -113,7 +119,7 @@ class Bound:
         with plainly():
             for name in _THRESHOLDS & set(self._stored):
                 self._stored[name].copy_(entry.tensors[name])
-        self._stamp = ()  # whatever else was made of them follows at the next call
+        self._stamp = [], []  # whatever else was made of them follows at the next call
 
     def _write(self, weights: Sequence[Tensor]) -> None:
         with plainly():

@@ -153,7 +153,7 @@ class Use:
             self.session.add(graph.found, {name: args[i] for name, i in graph.names.items()})
         self.replay = Replay(graph.gm, bind_sites(graph.gm, list(self.session.sites.values())))
         self._plan: Plan | None = None
-        self._stamp: Stamp = ()
+        self._stamp: Stamp = [], []
         self._run: Compiled | None = None
         self._switch(args)
 
@@ -180,7 +180,7 @@ class Use:
     def _record(self, args: Sequence[Any]) -> None:
         now = self._stamp_of(args)
         if now != self._stamp:
-            moved = [place for place, _ in now] != [place for place, _ in self._stamp]
+            moved = now[0] != self._stamp[0]
             self._stamp = now
             if moved or not self._trains(args):  # what is kept are inputs: training between the calls does no harm
                 self.session.restart("the weights changed while calibrating")

@@ -1,6 +1,7 @@
 """The modes, wrappers and accidents that a compiled model meets in scripts."""
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -350,6 +351,25 @@ def test_mode_reaches_inductor(model: nn.Module, plan: Plan, monkeypatch: pytest
     with torch.no_grad():
         logits(fast, 12)
     assert seen[0]["max_autotune"] is True and seen[0]["epilogue_fusion"] is False
+
+
+def test_shapes_that_dynamo_guards_are_not_asserted_again(model: nn.Module, plan: Plan) -> None:
+    """Not in an adapted graph, unless asked for; nor where guards do not hold them, or nothing is adapted."""
+    from torch._inductor.utils import fresh_cache, run_and_get_code
+
+    def asserts(grad: bool = False, dynamic: bool = False, **options: Any) -> bool:
+        torch.compiler.reset()
+        fast = torch.compile(model, backend="rana", dynamic=dynamic, options=options)
+        with fresh_cache(), torch.set_grad_enabled(grad):
+            _, (code, *_) = run_and_get_code(logits, fast, 12)
+        return re.search(r"assert_size_stride(_grouped)?\(", code) is not None
+
+    assert not asserts(plan=plan)
+    assert asserts(plan=plan, inductor={"size_asserts": True})
+    assert asserts(plan=plan, grad=True)
+    assert asserts(plan=plan, dynamic=True)
+    assert asserts(plan=plan, free_dense_weights=True)
+    assert asserts(min_features=4096)
 
 
 def test_explain_looks_for_the_sites_of_the_plan(model: nn.Module) -> None:
