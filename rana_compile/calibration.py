@@ -82,7 +82,7 @@ def calibrate(
             below this.
         learning_steps: with recipes ``auto`` and ``neuron``, steps in which the thresholds of inputs and ranks move
             together, down the divergence of the adapted model from the dense one, at the same cost; each takes about
-            as long as a step of training on one batch. Kept if it helps on held-back batches. By default 128 on an
+            as long as a step of training on one batch. Kept if it helps on held-back batches. By default 256 on an
             accelerator and 0, for the time it would take, on a CPU and where weights are offloaded.
         checkpoint: a file for what was recorded so far. A killed calibration of the same model, data and settings
             goes on from it and gives the same plan; it is removed when the plan is there.

@@ -174,10 +174,13 @@ class Fitter:
         new = {site: replace(c, tensors=adapters[site][1], live=tuple(live[site])) for site, c in adapted.items()}
         better = self.fitted(fitted.choice | new, self.everything)
         cost, most = (sum(map(f.adapted.flops, f.choice)) for f in (better, fitted))
-        helps = better.divergence < fitted.divergence and cost <= most * (1 + TOLERANCE)
+        helps = 0 <= better.divergence < fitted.divergence and cost <= most * (1 + TOLERANCE)
         told = "divergence %.4f with learnt thresholds, %.4f as they were: %s"
         log.info(told, better.divergence, fitted.divergence, "kept" if helps else "not kept")
-        return better if helps else fitted
+        if not helps:
+            return fitted
+        gained = better.divergence / fitted.divergence
+        return replace(better, choice=_priced(better.choice, lambda site, c: gained * c.option.price))
 
     def fitted(self, choice: Choice, batches: Sequence[Batch]) -> Fitted:
         """The choice with thresholds that realise its cost when all adapters are on, and what was measured of it."""

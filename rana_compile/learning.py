@@ -32,7 +32,7 @@ from rana_compile.types import ConfigError, Site
 
 log = logging.getLogger(__name__)
 
-LEARNING_STEPS = 128  # where the user says nothing and the model is on an accelerator
+LEARNING_STEPS = 256  # where the user says nothing and the model is on an accelerator
 LEARNT = ("threshold",)  # of inputs and ranks; of hidden neurons, each live for few tokens, it does not carry over
 RATE, RATE_OF_MASKS = 0.005, 0.02  # of Adam, in units of log t; a cosine brings them to FLOOR of that
 FLOOR = 0.05

@@ -39,7 +39,8 @@ class SitePlan:
         tensors: what the family stores.
         live: mean coordinates kept per token by each mask, measured on held-back tokens.
         flops_kept: realised FLOPs as a share of the site's dense FLOPs.
-        error: predicted increase of the loss (nats per token), corrected by what each kind of adapter measured.
+        error: predicted increase of the loss (nats per token), corrected by what each kind of adapter measured
+            and by what learning thresholds gained.
         weight_hash: SHA-256 over dtype, shape and bytes of the site's weights.
     """
 

@@ -1,6 +1,7 @@
 """Thresholds learnt end to end: the gradient of a mask, and what learning changes and leaves alone."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -133,6 +134,25 @@ def test_learning_moves_thresholds_and_nothing_else(model: nn.Module, monkeypatc
             assert torch.equal(new == 0, old == 0) and (new >= 0).all()
         sizes = [old.shape[-1] for key, old in before.items() if key in ("threshold", "gate_threshold")]
         assert all(0 <= n <= max(sizes) for n in live[site])
+
+
+def test_what_learning_gains_is_predicted(model: nn.Module, unlearnt: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    learnt: list[Any] = []
+    fitted = correction.Fitter.fitted
+
+    def halved(self: correction.Fitter, choice: Any, batches: Any) -> correction.Fitted:
+        found = fitted(self, choice, batches)
+        return dataclasses.replace(found, divergence=found.divergence / 2) if learnt else found
+
+    monkeypatch.setattr(
+        correction, "learn", lambda run, b, adapters, live, *others: learnt.append(b) or (adapters, live)
+    )
+    monkeypatch.setattr(correction.Fitter, "fitted", halved)
+    plan = calibrate(model, learning_steps=1)
+    gained = plan.info["divergence"] / unlearnt.info["divergence"]
+    assert gained < 0.6
+    predicted, before = (sum(s.error for s in p.sites) for p in (plan, unlearnt))
+    assert predicted == pytest.approx(gained * before)
 
 
 def test_learning_brings_the_divergence_down_on_its_own_batches(

@@ -61,7 +61,7 @@ def _sites(one: argparse.ArgumentParser) -> None:
     one.add_argument("--exclude", nargs="+", metavar="PATTERN", help="not these, e.g. lm_head")
     one.add_argument(
         "--learning-steps", type=_whole, metavar="N",
-        help="in which thresholds move together, for quality (128 on an accelerator, 0 on a CPU)",
+        help="in which thresholds move together, for quality (256 on an accelerator, 0 on a CPU)",
     )  # fmt: skip
 
 
