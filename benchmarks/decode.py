@@ -52,9 +52,8 @@ def main() -> None:
     settings = parse_arguments()
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    dtype = getattr(torch, settings.dtype)
     turns = Turns(settings.turns)
-    model, calibration = load(settings, dtype)
+    model, calibration = load(settings, PROMPT + settings.tokens)
     plan = planned(model, calibration, settings)
     console.print(totals(plan), highlight=False)
     ready = [prepared(model, plan, batch, settings) for batch in settings.batch]
@@ -68,6 +67,21 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--batch", type=int, nargs="*", default=[1], help="none: only calibrate")
+    parser.add_argument("--tokens", type=int, default=32, help="decoded tokens in a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--context", type=int, default=256, help="length of the static cache")
+    parser.add_argument("--turns", type=Path, help="a file; processes that name it are timed one after another")
+    parser.add_argument("--eager", action="store_true", help="time the dense model without Inductor too")
+    settings = parser.parse_args()
+    if settings.mode is None and settings.device.startswith("cuda"):
+        settings.mode = "reduce-overhead"  # CUDA graphs
+    return settings
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, adapted how and compiled how."""
     parser.add_argument("--model", default="smollm2", help=f"smollm2 (real weights), or a shape: {', '.join(SHAPES)}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -76,34 +90,32 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--exclude", nargs="*", default=None)
     parser.add_argument("--calibration-tokens", type=int, default=4096)
     parser.add_argument("--plan", type=Path, help="a saved plan; made and saved there if it does not exist")
-    parser.add_argument("--batch", type=int, nargs="*", default=[1], help="none: only calibrate")
     parser.add_argument("--layers", type=int, help="fewer than the shape's: times a layer stay, compiling is quicker")
-    parser.add_argument("--tokens", type=int, default=32, help="decoded tokens in a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--context", type=int, default=256, help="length of the static cache")
-    parser.add_argument("--mode", default=None, help="of Inductor; on CUDA reduce-overhead (CUDA graphs)")
-    parser.add_argument("--inductor", nargs="*", default=[], metavar="OPTION=VALUE", help="for both models")
+    parser.add_argument("--mode", default=None, help="of Inductor, for both models")
+    parser.add_argument(
+        "--inductor", nargs="*", type=option, default=[], metavar="OPTION=VALUE", help="for both models"
+    )
     parser.add_argument(
         "--tolerance", type=float, help="relative difference of logits that is accepted; many random layers amplify it"
     )
-    parser.add_argument("--turns", type=Path, help="a file; processes that name it are timed one after another")
-    parser.add_argument("--eager", action="store_true", help="time the dense model without Inductor too")
-    settings = parser.parse_args()
-    if settings.mode is None and settings.device.startswith("cuda"):
-        settings.mode = "reduce-overhead"
-    pairs = [pair.partition("=") for pair in settings.inductor]
-    settings.inductor = {name: typed(name, value) for name, _, value in pairs}
-    return settings
 
 
-def typed(name: str, value: str) -> Any:
-    """An option's value as Inductor's configuration has it: 0 and 1 may mean a bool."""
+def title(settings: argparse.Namespace) -> str:
+    """What was measured."""
+    what = settings.model, f"{settings.layers or 'all'} layers", settings.dtype, settings.device, settings.mode
+    return ", ".join(filter(None, what)) + "".join(f", {name}={value}" for name, value in settings.inductor)
+
+
+def option(text: str) -> tuple[str, Any]:
+    """An Inductor option and its value as Inductor's configuration has it: 0 and 1 may mean a bool."""
+    name, _, value = text.partition("=")
     current = functools.reduce(getattr, name.split("."), torch._inductor.config)
-    return type(current)(int(value)) if isinstance(current, int) else value
+    return name, type(current)(int(value)) if isinstance(current, int) else value
 
 
-def load(settings: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Tensor]:
-    """The model on its device, and calibration windows [windows, length]."""
+def load(settings: argparse.Namespace, length: int) -> tuple[Any, Tensor]:
+    """The model on its device, and calibration windows [windows, length] (of the real one: 512 tokens)."""
+    dtype = getattr(torch, settings.dtype)
     if settings.model == "smollm2":
         model, tokenizer = load_smollm2(dtype)
         return model.to(settings.device), pydoc_topics(tokenizer, 512, max(2, settings.calibration_tokens // 512), 1)[0]
@@ -125,7 +137,6 @@ def load(settings: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Tensor]
         torch.set_default_dtype(dtype)
         model = LlamaForCausalLM(config).eval()
         torch.set_default_dtype(default)
-    length = PROMPT + settings.tokens
     return model, torch.randint(shape.vocabulary, (max(2, settings.calibration_tokens // length), length))
 
 
@@ -142,6 +153,7 @@ def planned(model: nn.Module, windows: Tensor, settings: argparse.Namespace) -> 
         settings.flops_budget,
         recipe=settings.recipe,
         exclude=settings.exclude,
+        learning_steps=0,  # learning would move thresholds at the same cost, which is all that time depends on
     )
     peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of device memory" if on_cuda else ""
     console.print(f"calibrated on {windows.numel()} tokens in {time.perf_counter() - begin:.0f} s{peak}")
@@ -152,13 +164,7 @@ def planned(model: nn.Module, windows: Tensor, settings: argparse.Namespace) -> 
 
 def prepared(model: Any, plan: rana_compile.Plan, batch: int, settings: argparse.Namespace) -> "dict[str, Decoder]":
     """Every variant at one batch size, compiled and warm, its first step checked."""
-    torch._dynamo.config.recompile_limit = 64  # one graph a batch size and variant
-    own = dict(torch._inductor.list_mode_options(settings.mode)) if settings.mode else {}
-    options = {"plan": plan, "inductor": settings.inductor} | ({"mode": settings.mode} if settings.mode else {})
-    variants: dict[str, Callable[..., Any]] = {
-        "dense Inductor": torch.compile(model.forward, dynamic=False, options=own | settings.inductor),
-        "rana": torch.compile(model.forward, dynamic=False, backend="rana", options=options),
-    }
+    variants = compiled(model, plan, settings)
     if settings.eager:
         variants = {"dense eager": model.forward} | variants
     steps = {name: Decoder(model, forward, batch, settings) for name, forward in variants.items()}
@@ -168,18 +174,36 @@ def prepared(model: Any, plan: rana_compile.Plan, batch: int, settings: argparse
     return steps
 
 
+def compiled(
+    model: Any, plan: rana_compile.Plan, settings: argparse.Namespace, dynamic: bool = False
+) -> dict[str, Callable[..., Any]]:
+    """The dense model's and ours, each graph for fixed shapes unless ``dynamic``."""
+    torch._dynamo.config.recompile_limit = 64  # one graph a shape and variant
+    own, inductor = dict(torch._inductor.list_mode_options(settings.mode or "default")), dict(settings.inductor)
+    options = {"plan": plan, "inductor": inductor, "mode": settings.mode}
+    return {
+        "dense Inductor": torch.compile(model.forward, dynamic=dynamic, options=own | inductor),
+        "rana": torch.compile(model.forward, dynamic=dynamic, backend="rana", options=options),
+    }
+
+
 def check(model: Any, fast: "Decoder", plan: rana_compile.Plan, batch: int, settings: argparse.Namespace) -> None:
     """The first compiled step against the plain formulas, and what they keep. Raises SystemExit if they differ."""
     with rana_compile.adapted(model, plan) as run:
         plain = Decoder(model, run, batch, settings)
         plain.run(settings.tokens)
     fast.kept = run.flops_kept
-    error = float((fast.first - plain.first).norm() / plain.first.norm())
+    check_logits(fast.first, plain.first, f"batch {batch}", fast.kept, settings)
+
+
+def check_logits(fast: Tensor, plain: Tensor, what: str, kept: float, settings: argparse.Namespace) -> None:
+    """Logits of the compiled model against those of the plain formulas. Raises SystemExit if they differ."""
+    error = float((fast - plain).norm() / plain.norm())
     # a coordinate at its threshold may fall either way, and later layers follow it
     limit = settings.tolerance or (1e-3 if settings.dtype == "float32" else 0.1)
     console.print(
-        f"batch {batch}: relative difference to the plain formulas {error:.1e}; decoded with {fast.kept:.1%} of the "
-        "included sites' FLOPs",
+        f"{what}: relative difference to the plain formulas {error:.1e}; computed with {kept:.1%} of the included "
+        "sites' FLOPs",
         highlight=False,
     )
     if not error < limit:
@@ -234,24 +258,25 @@ class Decoder:
         begin = 0.0
         for i in range(tokens + 1):
             if i == 1:
-                begin = self._now()
+                begin = now(self.device)
             torch.compiler.cudagraph_mark_step_begin()
             logits = self.forward(input_ids=ids, past_key_values=self.cache, position_ids=position).logits
             if i == 0:
                 self.first = logits.float().clone()
             ids = logits[:, -1:].argmax(-1)
             position = position + 1
-        return (self._now() - begin) * 1e3 / tokens
+        return (now(self.device) - begin) * 1e3 / tokens
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def show(timings: list[Timing], bandwidth: float, settings: argparse.Namespace) -> None:
-    title = f"{settings.model}, {settings.layers or 'all'} layers, {settings.dtype}, {settings.device}"
-    table = Table(title=f"{title}, {settings.mode}, {settings.inductor or ''}")
+    table = Table(title=title(settings))
     for column in ("batch", "model", "ms/token", "tokens/s", "GB read/token", "GB/s", "of bandwidth", "speed-up"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for t in timings:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a machine with an H200 or H100: kernel tests, memory checks, benchmarks. Logs and tables go to $OUT (default: out).
-# benchmarks/h200.sh [tests] [memcheck] [kernels] [calibrate] [decode]: only these parts. Each ends within ten minutes.
+# benchmarks/h200.sh [tests] [memcheck] [kernels] [calibrate] [decode] [prompts]: only these parts. Each ends within ten minutes.
 # "kernels" also measures, once and quietly, what "decode" needs to know of each shape. The runs of "decode" prepare
 # side by side and are timed one after another; parts named in BESIDE run while they prepare. LAYERS=16, of the 32 that
 # Llama-2-7B has, leaves room for that on 80 GB.
@@ -8,7 +8,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 OUT="${OUT:-out}"
 mkdir -p "$OUT"
-PARTS="${*:-tests memcheck kernels calibrate decode}"
+PARTS="${*:-tests memcheck kernels calibrate decode prompts}"
 PYTEST=(python3 -m pytest tests/kernels -q -p no:cacheprovider -p no:benchmark)
 # thresholds of random layers are chaotic: see the README's limits
 DECODE=(python3 benchmarks/decode.py --device cuda --dtype bfloat16 --flops-budget 0.56 --recipe neuron --tolerance 0.6)
@@ -69,8 +69,12 @@ run() { # a part by its name
         for task in "${tasks[@]}"; do wait "$task" || bad=1; done
         return "$bad"
         ;;
+    prompts)
+        part prompts 570 python3 benchmarks/prompts.py --device cuda --dtype bfloat16 --recipe neuron --tolerance 0.6 \
+            --model llama-2-7b --layers 4 --batch 1 4 --lengths 512 2048 --rounds 41
+        ;;
     *)
-        echo "unknown part $1; known: tests memcheck kernels calibrate decode" >&2
+        echo "unknown part $1; known: tests memcheck kernels calibrate decode prompts" >&2
         exit 2
         ;;
     esac

@@ -32,6 +32,7 @@ from rana_compile.adapters import FAMILIES
 from rana_compile.calibration import Session, calibration
 from rana_compile.correction import Target
 from rana_compile.flops import total_dense_flops
+from rana_compile.learning import LEARNING_STEPS
 from rana_compile.loading import load_causal
 from rana_compile.passes.record import Adapted
 from rana_compile.text import with_bos
@@ -72,12 +73,14 @@ def main() -> None:
     model, tokenizer = load(settings.model)
     model.to(settings.device)
     windows = -(-settings.calibration_tokens // settings.length)
-    fit_on, held_out = pydoc_topics(tokenizer, settings.length, windows, settings.windows)
+    fit_on = pydoc_topics(tokenizer, settings.length, windows, 1, settings.seed)[0]
+    held_out = pydoc_topics(tokenizer, settings.length, 1, settings.windows)[1]
     other = sample_windows(tokenizer, [text_of(settings.other)], settings.length, settings.windows)
     fit_on, held_out, other = (with_bos(tokenizer, w).to(settings.device) for w in (fit_on, held_out, other))
     if settings.own_tokens:
-        fit_on = torch.cat([fit_on, *rana_compile.own_text(model, settings.own_tokens, settings.length)])
-        fit_on = fit_on[torch.randperm(len(fit_on), generator=torch.Generator().manual_seed(0)).to(fit_on.device)]
+        own = rana_compile.own_text(model, settings.own_tokens, settings.length, settings.seed)
+        order = torch.randperm(len(fit_on) + len(own), generator=torch.Generator().manual_seed(settings.seed))
+        fit_on = torch.cat([fit_on, *own])[order.to(fit_on.device)]
     reference = Reference(model, tokenizer, held_out, other, settings.generated, settings.equal_cost)
     rows = []
     for name, recipe, asked, session in methods(model, fit_on, settings):
@@ -125,10 +128,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--exclude", nargs="*", default=["lm_head"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--calibration-tokens", type=int, default=8192)
+    parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--own-tokens", type=int, default=0, help="calibrate on as many of the model's own text too")
     parser.add_argument(
-        "--learning-steps", type=int, default=128, help="in which thresholds of our plans move together"
+        "--learning-steps", type=int, default=LEARNING_STEPS, help="in which thresholds of our plans move together"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the text to fit on and of the fits; not of the held-out"
     )
     parser.add_argument("--equal-cost", action="store_true", help="scale thresholds to the asked cost on each domain")
     parser.add_argument("--windows", type=int, default=12, help="held-out windows of each domain")
@@ -180,7 +186,9 @@ def methods(
         batches = fit_on.split(1)
         patterns = settings.include, settings.exclude
         fits = len(wanted) * len(settings.budgets)
-        with calibration(model, batches, *patterns, separate_gates=separate, progress=False, fits=fits) as session:
+        with calibration(
+            model, batches, *patterns, settings.seed, progress=False, separate_gates=separate, fits=fits
+        ) as session:
             for asked in settings.budgets:
                 for name, recipe in wanted.items():
                     yield name, recipe, asked, session
