@@ -90,6 +90,11 @@ def masked_is_faster(
     return faster and (before is None or linear_is_faster(rows, before, d, dtype))
 
 
+def most_together(*_: Any) -> int:
+    """Up to how many rows one product of all parts' inputs with all columns is faster: multiply-adds cost here."""
+    return 0
+
+
 def _is_faster(op: str, rows: int | None, d: int, d_out: int, density: float, dtype: torch.dtype) -> bool:
     compiler = find_compiler()
     if rows == 1 or d * d_out * dtype.itemsize < SMALL or compiler is None:

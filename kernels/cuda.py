@@ -18,7 +18,7 @@ from rana_compile.kernels import reference, tuning
 from rana_compile.kernels import triton_programs as programs
 from rana_compile.kernels.ops import DTYPES, LIBRARY
 from rana_compile.kernels.reference import apply_threshold, check_activation, gated, of_mask
-from rana_compile.kernels.tuning import Case, Tile
+from rana_compile.kernels.tuning import Case, Stack, Tile
 from rana_compile.types import RanaError
 
 MAX_ROWS = 2  # input rows that share one pass over the weight; for more the library is faster, whatever is skipped
@@ -240,6 +240,12 @@ def masked_is_faster(
     with torch.cuda.device(device):
         found = tuning.measured(case, _run)
     return found.masked(density) < found.dense
+
+
+def most_together(d: int, d_outs: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> int:
+    """Up to how many rows one product of all parts' inputs with all columns is faster than one of each part."""
+    with torch.cuda.device(device):
+        return tuning.measured_together(Stack(d, d_outs, dtype, device)).cut[0]
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> None:

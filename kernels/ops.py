@@ -32,7 +32,6 @@ for schema in SCHEMAS:
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})  # what the kernels take
 MOST_DECODED = 16  # rows of an input that is taken for a batch in decode, not for a prompt
-MOST_TOGETHER = 64  # rows of a product that is still bound by the weights it reads
 _LOADERS = {"cpu": "rana_compile.kernels.cpu", "cuda": "rana_compile.kernels.cuda"}
 _LOCK = threading.Lock()
 
@@ -130,12 +129,16 @@ def masked_is_faster(
     return bool(module.masked_is_faster(rows, d, d_out, union, dtype, device, gated, before))
 
 
-def together_is_faster(rows: int, parts: int, device_type: str) -> bool:
-    """Whether one dense product of all parts' inputs with all columns, of which each part keeps its own, is preferred.
+def most_together(d: int, d_outs: Sequence[int], dtype: torch.dtype, device: torch.device) -> int:
+    """Up to how many rows one product of all parts' inputs with all columns, of which each keeps its own, is faster.
 
-    It reads the same weights in fewer kernels, for ``parts`` times the multiply-adds: free while memory is the limit.
+    For a stack of parts, each with an input [rows, d] and a weight [d_out, d] of its own; 0 where it never is. It reads
+    the same weights in fewer kernels, for as many times the multiply-adds as there are parts: free while memory, or
+    starting kernels, is the limit.
     """
-    return device_type == "cuda" and parts > 1 and rows > 1 and rows * parts <= MOST_TOGETHER
+    if len(d_outs) < 2 or not d * sum(d_outs) or not is_supported(device.type):
+        return 0
+    return int(import_module(_LOADERS[device.type]).most_together(d, tuple(d_outs), dtype, device))
 
 
 def load(device_type: str) -> None:

@@ -29,6 +29,7 @@ BEYOND_CACHES = 2**28  # bytes of weights that take turns
 SMALL = 2**20  # bytes of a weight below which launches, not bytes, are what costs
 PROGRAMS = (1000, 2000)  # what keeps the memory busy on about 132 multiprocessors; each thousand takes 1.2 µs to start
 ROWS = (64, 128, 256, 512, 1024)  # of the weight, of a program; more would not fit in registers
+TOGETHER = tuple(2**n for n in range(4, 13))  # rows for which one product of a stack is compared with several
 LIST = 256  # rows that a warp lists at a time
 
 
@@ -52,6 +53,15 @@ class Case(NamedTuple):
     device: torch.device
 
 
+class Stack(NamedTuple):
+    """Products of several inputs [rows, d], each with a weight [d_out, d] of its own."""
+
+    d: int
+    d_outs: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
 Run = Callable[[Tile, Case, Tensor, Tensor, Tensor, Tensor], None]  # z, threshold, weight_t, out
 
 # Columns, depth, warps. Many small programs win: while some list, others load. Measured: CONTRIBUTING.md. A candidate
@@ -60,7 +70,7 @@ CUTS = ((128, 8, 1), (128, 10, 1), (64, 12, 1))
 EARLY_BYTES = 2**22  # fetched by all programs, live or not, while the kernel before ends: a microsecond's reads
 AHEAD_BYTES = 2**13  # of a program's first rows, of which the live ones are fetched while it makes its list
 USUAL = Tile(32, 4, 4, 1)
-_known: dict[Case, Measured] = {}
+_known: dict[Case | Stack, Measured] = {}
 
 
 def tile_for(case: Case, run: Run) -> Tile:
@@ -84,6 +94,16 @@ def measured(case: Case, run: Run) -> Measured:
     return _known[case]
 
 
+def measured_together(stack: Stack) -> Measured:
+    """One product of all inputs with all columns (``full``), one each (``dense``), of the most rows it is faster for.
+
+    ``cut`` holds how many these are, of those in TOGETHER, or 0.
+    """
+    if stack not in _known:
+        _known[stack] = kept(_file(stack), lambda: _measure_together(stack), 1)
+    return _known[stack]
+
+
 def candidates(case: Case) -> Iterator[Tile]:
     """Cuts into about as many programs as the multiprocessors take, or the nearest; of wide weights, short ones too."""
     width = 2 * case.cols if case.gate else case.cols
@@ -102,20 +122,10 @@ def early_rows(programs: int, row_bytes: int, rows: int) -> int:
     return next((n for n in (16, 8, 4, 2) if n <= rows and programs * n * row_bytes <= EARLY_BYTES), 0)
 
 
-def _file(case: Case) -> Path:
+def _file(case: Case | Stack) -> Path:
     name = torch.cuda.get_device_name(case.device)
-    of = (
-        name,
-        triton.__version__,
-        torch.__version__,
-        tuple(case)[:-1],
-        CUTS,
-        PROGRAMS,
-        ROWS,
-        LIST,
-        EARLY_BYTES,
-        AHEAD_BYTES,
-    )
+    of: tuple[Any, ...] = (name, triton.__version__, torch.__version__, tuple(case)[:-1])
+    of += (CUTS, PROGRAMS, ROWS, LIST, EARLY_BYTES, AHEAD_BYTES) if isinstance(case, Case) else TOGETHER
     return wanted_directory() / f"masked_{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.json"
 
 
@@ -142,6 +152,33 @@ def _measure(case: Case, run: Run) -> Measured:
     best = min(times, key=times.__getitem__)
     dense = _microseconds(lambda i: F.linear(z, weights[i % copies].view(width, d)), count)
     return Measured(best, times[best], masked(best, 1.0), dense)
+
+
+def _measure_together(stack: Stack) -> Measured:
+    log.info("measuring %d products of inputs of %d with %s outputs, %s", len(stack.d_outs), *stack[:-1])
+    d, d_outs, dtype, device = stack
+    own: dict[str, Any] = {"device": device, "generator": torch.Generator(device).manual_seed(0)}
+    width, parts = sum(d_outs), len(d_outs)
+    copies = math.ceil(BEYOND_CACHES / (d * width * dtype.itemsize))
+    weights = [torch.randn(d, width, dtype=dtype, **own) for _ in range(copies)]
+    apart = [[part.view(-1, d) for part in w.view(-1).split([n * d for n in d_outs])] for w in weights]
+    count = max(8, copies)
+
+    def times(rows: int) -> Measured:
+        z = torch.randn(parts, rows, d, dtype=dtype, **own)
+        together = _microseconds(lambda i: z @ weights[i % copies], count)
+        dense = _microseconds(lambda i: [F.linear(x, w) for x, w in zip(z, apart[i % copies], strict=True)], count)
+        return Measured((rows,), together, together, dense)
+
+    best = times(TOGETHER[0])
+    if best.full >= best.dense:
+        return best._replace(cut=(0,))
+    for rows in TOGETHER[1:]:
+        found = times(rows)
+        if found.full >= found.dense:
+            break
+        best = found
+    return best
 
 
 def _microseconds(call: Callable[[int], Any], count: int) -> float:

@@ -12,7 +12,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from rana_compile.binding import Bound, Stamp, bind, stamp
 from rana_compile.config import BackendOptions
 from rana_compile.kernels import ops
-from rana_compile.passes.attend import lower_single_queries
+from rana_compile.passes.attend import lower_single_queries, share_repeated_heads
 from rana_compile.passes.causal import lower_causal_masks
 from rana_compile.passes.expand import expand
 from rana_compile.passes.find import bind_sites
@@ -116,6 +116,8 @@ def adapt_graph(
     if lowerings and options.compiler == "inductor" and not torch.is_grad_enabled():
         lower_single_queries(adapted)
     lower_causal_masks(adapted)
+    if lowerings and not torch.is_grad_enabled():
+        share_repeated_heads(adapted)
     _trace(adapted)
     return adapted, refresh
 
@@ -190,19 +192,26 @@ def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -
 
 def _is_together(match: Match, weights: Sequence[Tensor], entry: SitePlan) -> bool:
     """Whether the parts of a masked stack are computed as one product of the packed weights."""
-    together = ops.together_is_faster(match.rows or 0, len(weights), weights[0].device.type)
-    return together and entry.family == "neuron" and len({w.dtype for w in weights}) == 1
+    if match.rows is None or entry.family != "neuron" or len({w.dtype for w in weights}) > 1:
+        return False
+    site = entry.site
+    return match.rows <= ops.most_together(site.d_in, site.d_outs, weights[0].dtype, weights[0].device)
+
+
+def _is_late(size: torch.SymInt) -> bool:
+    """Whether what is found out about a symbolic size no longer becomes a guard: they are written."""
+    return bool(getattr(getattr(size.node, "shape_env", None), "frozen", True))
 
 
 def are_guarded(example_inputs: Sequence[Any], options: BackendOptions) -> bool:
     """Whether Dynamo's guards hold the sizes and strides of a graph's inputs, so that asserting them is to no purpose.
 
     An adapter adds two inputs of its own; asserting all of them at every call took 3 % of a prompt on a GPU, where a
-    small model waits for its launches. Not what a backward pass gets, what a second compilation found out about a
-    symbolic size, or strides that ``free_dense_weights`` changes.
+    small model waits for its launches. Guards hold what Inductor finds out about a symbolic size, too, if they are not
+    written yet. Not so what a backward pass gets, or strides that ``free_dense_weights`` changes.
     """
-    symbolic = any(isinstance(size, torch.SymInt) for t in example_inputs for size in getattr(t, "shape", (t,)))
-    return not (symbolic or options.free_dense_weights or torch.is_grad_enabled())
+    symbolic = [s for t in example_inputs for s in getattr(t, "shape", (t,)) if isinstance(s, torch.SymInt)]
+    return not (any(map(_is_late, symbolic)) or options.free_dense_weights or torch.is_grad_enabled())
 
 
 def _compile(

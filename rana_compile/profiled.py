@@ -149,13 +149,15 @@ class Use:
         self.parameters = graph.parameters
         self._weights = [weakref.ref(args[i]) for i in graph.parameters]
         self.session = session_of([args[i] for i in graph.adaptable.values()], graph.options, graph.given)
-        with self.session.lock:
-            self.session.add(graph.found, {name: args[i] for name, i in graph.names.items()})
-        self.replay = Replay(graph.gm, bind_sites(graph.gm, list(self.session.sites.values())))
         self._plan: Plan | None = None
         self._stamp: Stamp = [], []
         self._run: Compiled | None = None
         self._switch(args)
+        with (
+            self.session.lock
+        ):  # from now on: Dynamo may start over while a graph is compiled, and clears the first one
+            self.session.add(graph.found, {name: args[i] for name, i in graph.names.items()})
+        self.replay = Replay(graph.gm, bind_sites(graph.gm, list(self.session.sites.values())))
 
     def __call__(self, *args: Any) -> Any:
         session = self.session

@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from torch._dynamo.utils import counters
 
 import rana_compile
 from rana_compile import Plan
+from rana_compile.adapters import neuron
+from rana_compile.adapters.base import one_product
 from rana_compile.adapters.neuron import neuron_tensors
 from rana_compile.backend import is_left_dense
 from rana_compile.config import BackendOptions
 from rana_compile.kernels import ops
+from rana_compile.testing import count_compilations
 from rana_compile.types import Site
 
 
@@ -162,6 +166,40 @@ def test_kernels_take_a_number_of_rows_that_varies(monkeypatch: pytest.MonkeyPat
             x = torch.randn(rows, 48)
             torch.testing.assert_close(fast(x), linear(x * (x.abs() >= 0.5)), rtol=1e-4, atol=1e-5)
     assert asked == [None]
+
+
+def test_parts_are_one_product_up_to_the_measured_number_of_rows(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where it varies: a graph for few rows and one for more would cost the guards of both at every call."""
+    plan = rana_compile.calibrate(model, tokens(4), 0.6, recipe="neuron", progress=False)
+    together: list[bool] = []
+
+    def product(*given: Any) -> Any:
+        together.append(True)
+        return one_product(*given)
+
+    monkeypatch.setattr(neuron, "one_product", product)
+    monkeypatch.setattr(ops, "masked_is_faster", lambda *_: False)
+    monkeypatch.setattr(ops, "most_together", lambda *_: 20)
+    options = {"plan": plan, "compiler": "eager"}
+    with torch.no_grad(), rana_compile.adapted(model, plan) as formulas:
+        expected = {n: formulas(input_ids=tokens(1, length=n)[0], use_cache=False).logits for n in (12, 20, 21, 40)}
+
+    def ran(fast: Any, length: int) -> bool:
+        together.clear()
+        with torch.no_grad():
+            found = fast(input_ids=tokens(1, length=length)[0], use_cache=False).logits
+        torch.testing.assert_close(found, expected[length], rtol=1e-4, atol=1e-4)
+        return bool(together)
+
+    fixed = torch.compile(model, backend="rana", dynamic=False, options=options)
+    assert [ran(fixed, n) for n in (12, 20, 21, 40)] == [True, True, False, False]
+    torch.compiler.reset()
+    symbolic = torch.compile(model, backend="rana", dynamic=True, options=options)
+    with count_compilations() as counts:
+        assert not any(ran(symbolic, n) for n in (12, 20, 21, 40, 12))
+    assert counts.graphs == 1
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

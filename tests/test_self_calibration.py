@@ -83,6 +83,23 @@ def test_same_plan_as_an_explicit_calibration(model: nn.Module) -> None:
         assert a.flops_kept == pytest.approx(b.flops_kept, rel=0.02)
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_lengths_that_are_symbolic_from_the_first_call_on(compiler: str) -> None:
+    """Dynamo starts over while it compiles such a graph, and clears what it had first."""
+    fast = tiny_llama(layers=1)
+    fast.compile(backend="rana", dynamic=True, options=SMALL | {"compiler": compiler})
+    with torch.no_grad(), count_compilations() as counts:
+        for length in (24, 32, 17, 40):
+            fast(input_ids=tokens(1, length=length)[0], use_cache=False)
+    assert counts.graphs == 1
+    plan = rana_compile.plan_of(fast)
+    ids = tokens(1, length=21, seed=5)[0]
+    with torch.no_grad(), rana_compile.adapted(fast, plan) as formulas:
+        expected = formulas(input_ids=ids, use_cache=False).logits
+    with torch.no_grad():
+        torch.testing.assert_close(fast(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_prefill_and_decode_share_one_plan_and_may_be_saved(model: nn.Module, tmp_path: Any) -> None:
     fast = compiled(model)
     with pytest.raises(RanaError, match="was not called since"):

@@ -296,12 +296,13 @@ def test_an_unknown_activation_is_an_error_without_running() -> None:
         torch.ops.rana.gated_mlp(*meta, "swish")
 
 
-def test_parts_are_computed_together_while_the_weights_are_the_limit() -> None:
-    assert ops.together_is_faster(16, 3, "cuda")
-    assert not ops.together_is_faster(16, 1, "cuda")  # nothing to put together
-    assert not ops.together_is_faster(1, 3, "cuda")
-    assert not ops.together_is_faster(512, 3, "cuda")  # bound by multiply-adds
-    assert not ops.together_is_faster(16, 3, "cpu")  # not measured
+def test_parts_are_never_computed_together_where_that_cannot_pay() -> None:
+    cpu = torch.device("cpu")
+    assert ops.most_together(12, (6, 4, 4), torch.float32, cpu) == 0  # multiply-adds are the limit
+    cuda = torch.device("cuda", 0)  # nothing is measured there:
+    assert ops.most_together(12, (6,), torch.float32, cuda) == 0
+    assert ops.most_together(12, (0, 0), torch.float32, cuda) == ops.most_together(0, (6, 4), torch.float32, cuda) == 0
+    assert ops.most_together(12, (6, 4), torch.float32, torch.device("meta")) == 0
 
 
 def test_a_device_without_kernels_is_an_error() -> None:

@@ -1,9 +1,12 @@
 """What was measured of the CUDA kernels is kept whole, and measured again where it is not."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 from rana_compile.kernels import tuning
@@ -53,3 +56,27 @@ def test_a_file_that_is_not_whole_is_measured_again(
 )
 def test_rows_fetched_early_stay_within_what_memory_gives_meanwhile(programs: int, rows: int, early: int) -> None:
     assert tuning.early_rows(programs, 256, rows) == early
+
+
+@pytest.mark.parametrize(("slower_from", "most"), [(16, 0), (17, 16), (200, 128), (10**9, max(tuning.TOGETHER))])
+def test_the_most_rows_for_which_one_product_is_faster(
+    slower_from: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def microseconds(call: Callable[[int], Any], count: int) -> float:
+        found = call(0)
+        seen.append(found if isinstance(found, Tensor) else torch.cat(found, dim=-1))
+        return max(seen[-1].shape[-2], slower_from) if isinstance(found, Tensor) else slower_from + 0.5 - (most == 0)
+
+    monkeypatch.setattr(tuning, "_file", lambda case: tmp_path / "together.json")
+    monkeypatch.setattr(tuning, "_microseconds", microseconds)
+    monkeypatch.setattr(tuning, "BEYOND_CACHES", 1)
+    monkeypatch.setattr(tuning, "_known", {})
+    stack = tuning.Stack(8, (6, 4, 2), torch.float32, torch.device("cpu"))
+    assert tuning.measured_together(stack).cut == (most,)
+    tuning._known.clear()
+    count = len(seen)
+    assert tuning.measured_together(stack).cut == (most,) and len(seen) == count  # from the file
+    assert [t.shape[-1] for t in seen] == [12] * count
+    assert [t.shape[:-1] for t in seen[:2]] == [(3, 16), (16,)]

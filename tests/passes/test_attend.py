@@ -5,12 +5,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import graph_and_inputs, graph_of, plan_of
+from support import graph_and_inputs, graph_of, plan_of, tiny_llama, tokens
 from torch import Tensor, nn
 
+import rana_compile
+from rana_compile import backend
 from rana_compile.backend import adapt_graph
 from rana_compile.config import BackendOptions
-from rana_compile.passes.attend import lower_single_queries, single_query_attention
+from rana_compile.passes import attend
+from rana_compile.passes.attend import arguments, lower_single_queries, share_repeated_heads, single_query_attention
 from rana_compile.types import Site
 
 
@@ -98,3 +101,101 @@ def test_the_backend_does_so_in_adapted_graphs_without_gradients(gradients: bool
         rewritten, _ = adapt_graph(gm, given, plan, options)
     targets = {node.target for node in rewritten.graph.nodes}
     assert (single_query_attention in targets) == lowered != (F.scaled_dot_product_attention in targets)
+
+
+def repeated(x: Tensor, times: int = 3) -> Tensor:
+    """As transformers does it."""
+    b, heads, n, e = x.shape
+    return x[:, :, None, :, :].expand(b, heads, times, n, e).reshape(b, heads * times, n, e)
+
+
+def unsqueezed(x: Tensor) -> Tensor:
+    return x.unsqueeze(2).expand(-1, -1, 3, -1, -1).reshape(x.shape[0], 6, -1, 16)
+
+
+def a_part(x: Tensor) -> Tensor:
+    return x[:, :, None, 1:].expand(2, 2, 3, 39, 16).reshape(2, 6, 39, 16)
+
+
+class Grouped(nn.Module):
+    def __init__(self, key: Any = repeated, value: Any = repeated, **given: Any) -> None:
+        super().__init__()
+        self.key, self.value, self.given = key, value, given
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, self.key(k), self.value(v), **self.given)
+
+
+@pytest.fixture
+def every_kernel_takes_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend, "_takes_groups", lambda *_: True)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "scale": 0.3}], ids=["plain", "causal"])
+@pytest.mark.parametrize("way", [repeated, unsqueezed])
+def test_repeated_heads_are_shared(every_kernel_takes_groups: None, way: Any, options: dict[str, Any]) -> None:
+    q, k, v = inputs(torch.float32, 2, queries=40)
+    module = Grouped(way, way, **options)
+    gm, given = graph_and_inputs(module, q, k, v)
+    assert share_repeated_heads(gm) == 1 and share_repeated_heads(gm) == 0
+    (call,) = (node for node in gm.graph.nodes if node.target is attend.SDPA)
+    assert [arguments(call)[name].op for name in ("key", "value")] == ["placeholder"] * 2
+    torch.testing.assert_close(gm(*given)[0], module(q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("module", "queries"),
+    [
+        (Grouped(lambda x: x.repeat(1, 3, 1, 1)), 40),  # head 1 beside head 0
+        (Grouped(lambda x: x[:, None].expand(2, 3, 2, 40, 16).reshape(2, 6, 40, 16)), 40),  # likewise
+        (
+            Grouped(
+                lambda x: x[:, :, None, 1:].expand(2, 2, 3, 39, 16).reshape(2, 6, 39, 16),
+                lambda x: repeated(x[:, :, 1:]),
+            ),
+            40,
+        ),
+        (Grouped(lambda x: repeated(x).neg()), 40),
+        (Grouped(*[lambda x: x[:, :, :1][:, :, None].expand(2, 2, 3, 40, 16).reshape(2, 6, 40, 16)] * 2), 40),
+        (Grouped(), 16),  # not a prompt
+    ],
+    ids=["beside", "another axis", "a part", "changed", "one key for all", "few queries"],
+)
+def test_other_heads_are_left_alone(every_kernel_takes_groups: None, module: nn.Module, queries: int) -> None:
+    q, k, v = inputs(torch.float32, 2, queries=queries)
+    gm, given = graph_and_inputs(module, q, k, v)
+    assert share_repeated_heads(gm) == 0
+    torch.testing.assert_close(gm(*given)[0], module(q, k, v))
+
+
+def test_heads_stay_repeated_where_no_kernel_takes_groups() -> None:
+    assert share_repeated_heads(graph_of(Grouped(), *inputs(torch.bfloat16, 2, queries=40))) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mask", ["none", "float"])
+def test_heads_are_shared_on_a_gpu_as_fast_kernels_allow(mask: str) -> None:
+    q, k, v = (t.repeat(1, 1, 2, 4).cuda() for t in inputs(torch.bfloat16, 2, queries=40))
+    module = Grouped(attn_mask=None if mask == "none" else torch.zeros(80, 80, dtype=q.dtype, device="cuda"))
+    module.key = module.value = lambda x: x[:, :, None].expand(2, 2, 3, 80, 64).reshape(2, 6, 80, 64)
+    gm, given = graph_and_inputs(module, q, k, v)
+    shared = share_repeated_heads(gm)
+    assert shared == 1 or mask == "float"  # with a mask, only where cuDNN's kernel runs
+    torch.testing.assert_close(gm(*given)[0], module(q, k, v))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_model_of_grouped_queries_gives_what_it_gave(
+    every_kernel_takes_groups: None, monkeypatch: pytest.MonkeyPatch, dynamic: bool
+) -> None:
+    model = tiny_llama()
+    plan = rana_compile.calibrate(model, tokens(4), 0.6, "neuron", progress=False)
+    (ids,) = tokens(1, length=24, seed=3)
+    with torch.no_grad(), rana_compile.adapted(model, plan) as run:
+        expected = run(input_ids=ids).logits
+    shared: list[int] = []
+    monkeypatch.setattr(backend, "share_repeated_heads", lambda gm: shared.append(share_repeated_heads(gm)))
+    fast = torch.compile(model, backend="rana", dynamic=dynamic, options={"plan": plan})
+    with torch.no_grad():
+        torch.testing.assert_close(fast(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert shared == [2] * len(shared) and shared
