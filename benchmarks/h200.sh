@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with an H200 or H100: kernel tests, memory checks, benchmarks. Logs and tables go to $OUT (default: out).
-# benchmarks/h200.sh [tests] [memcheck] [kernels] [calibrate] [decode] [prompts]: only these parts. Each ends within ten minutes.
+# benchmarks/h200.sh [tests] [memcheck] [kernels] [calibrate] [decode] [prompts] [prompts-small]: only these parts. Each ends
+# within ten minutes but for the last, which has three steps and needs the extra "demo".
 # "kernels" also measures, once and quietly, what "decode" needs to know of each shape. The runs of "decode" prepare
 # side by side and are timed one after another; parts named in BESIDE run while they prepare. LAYERS=16, of the 32 that
 # Llama-2-7B has, leaves room for that on 80 GB.
@@ -8,7 +9,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 OUT="${OUT:-out}"
 mkdir -p "$OUT"
-PARTS="${*:-tests memcheck kernels calibrate decode prompts}"
+PARTS="${*:-tests memcheck kernels calibrate decode prompts prompts-small}"
 PYTEST=(python3 -m pytest tests/kernels -q -p no:cacheprovider -p no:benchmark)
 # thresholds of random layers are chaotic: see the README's limits
 DECODE=(python3 benchmarks/decode.py --device cuda --dtype bfloat16 --flops-budget 0.56 --recipe neuron --tolerance 0.6)
@@ -73,8 +74,17 @@ run() { # a part by its name
         part prompts 570 python3 benchmarks/prompts.py --device cuda --dtype bfloat16 --recipe neuron --tolerance 0.6 \
             --model llama-2-7b --layers 4 --batch 1 4 --lengths 512 2048 --rounds 41
         ;;
+    prompts-small)
+        local small=(python3 benchmarks/prompts.py --device cuda --dtype bfloat16 --tolerance 0.3 --exclude lm_head)
+        small+=(--calibration-tokens 8192 --plan "$OUT/smollm2.safetensors" --lengths 128 512 2048)
+        local bad=0
+        part prompts-fixed 570 "${small[@]}" || bad=1
+        part prompts-graphs 570 "${small[@]}" --mode reduce-overhead || bad=1
+        part prompts-symbolic 570 "${small[@]}" --dynamic || bad=1
+        return "$bad"
+        ;;
     *)
-        echo "unknown part $1; known: tests memcheck kernels calibrate decode prompts" >&2
+        echo "unknown part $1; known: tests memcheck kernels calibrate decode prompts prompts-small" >&2
         exit 2
         ;;
     esac

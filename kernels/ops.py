@@ -136,7 +136,7 @@ def most_together(d: int, d_outs: Sequence[int], dtype: torch.dtype, device: tor
     the same weights in fewer kernels, for as many times the multiply-adds as there are parts: free while memory, or
     starting kernels, is the limit.
     """
-    if len(d_outs) < 2 or not d * sum(d_outs) or not is_supported(device.type):
+    if len(d_outs) < 2 or not d * sum(d_outs) or dtype not in DTYPES or not is_supported(device.type):
         return 0
     return int(import_module(_LOADERS[device.type]).most_together(d, tuple(d_outs), dtype, device))
 

@@ -95,7 +95,7 @@ def measured(case: Case, run: Run) -> Measured:
 
 
 def measured_together(stack: Stack) -> Measured:
-    """One product of all inputs with all columns (``full``), one each (``dense``), of the most rows it is faster for.
+    """One product of all inputs with all columns (``half`` and ``full``), and one each, of the most rows it pays for.
 
     ``cut`` holds how many these are, of those in TOGETHER, or 0.
     """
@@ -123,10 +123,17 @@ def early_rows(programs: int, row_bytes: int, rows: int) -> int:
 
 
 def _file(case: Case | Stack) -> Path:
-    name = torch.cuda.get_device_name(case.device)
-    of: tuple[Any, ...] = (name, triton.__version__, torch.__version__, tuple(case)[:-1])
-    of += (CUTS, PROGRAMS, ROWS, LIST, EARLY_BYTES, AHEAD_BYTES) if isinstance(case, Case) else TOGETHER
-    return wanted_directory() / f"masked_{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.json"
+    of: tuple[Any, ...] = (
+        torch.cuda.get_device_name(case.device),
+        triton.__version__,
+        torch.__version__,
+        tuple(case)[:-1],
+    )
+    if isinstance(case, Case):
+        name, of = "masked", (*of, CUTS, PROGRAMS, ROWS, LIST, EARLY_BYTES, AHEAD_BYTES)
+    else:
+        name, of = "together", (*of, TOGETHER, torch.get_float32_matmul_precision())
+    return wanted_directory() / f"{name}_{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.json"
 
 
 def _measure(case: Case, run: Run) -> Measured:
@@ -170,15 +177,14 @@ def _measure_together(stack: Stack) -> Measured:
         dense = _microseconds(lambda i: [F.linear(x, w) for x, w in zip(z, apart[i % copies], strict=True)], count)
         return Measured((rows,), together, together, dense)
 
-    best = times(TOGETHER[0])
-    if best.full >= best.dense:
-        return best._replace(cut=(0,))
-    for rows in TOGETHER[1:]:
+    best, slower = Measured((0,), 0, 0, 0), 0
+    for rows in TOGETHER:
         found = times(rows)
-        if found.full >= found.dense:
+        if found.full < found.dense:
+            best, slower = found, 0
+        elif (slower := slower + 1) == 2:  # one may be noise
             break
-        best = found
-    return best
+    return best if best.cut[0] else found._replace(cut=(0,))
 
 
 def _microseconds(call: Callable[[int], Any], count: int) -> float:

@@ -13,15 +13,20 @@ so that the copies are never written: a kernel less in each layer.
 """
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.backends import cuda
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn.attention import SDPBackend
 
 from rana_compile.kernels.ops import DTYPES, MOST_DECODED
+from rana_compile.passes.match import is_in_place
+
+GROUPED = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)  # kernels that take fewer keys than queries
 
 
 def lower_single_queries(gm: fx.GraphModule) -> int:
@@ -79,39 +84,51 @@ def single_query_attention(
 def share_repeated_heads(gm: fx.GraphModule) -> int:
     """Repeated keys and values → grouped queries, in place, in a graph without gradients. Returns how many calls.
 
-    Only where the kernels that take the repeated ones take grouped ones too; recompiles if there is a call.
+    Only where a fast kernel runs that takes grouped ones as well; recompiles if there is a call.
     """
+    nodes = list(gm.graph.nodes)
+    if any(getattr(n.target, "__name__", "").startswith("_sdpa_kernel") for n in nodes):  # the graph says which kernel
+        return 0
+    place = {node: i for i, node in enumerate(nodes)}
+    writes = [place[node] for node in nodes if _may_write(node)]
     found = 0
-    for node in gm.graph.nodes:
+    for node in nodes:
         if node.op != "call_function" or node.target is not SDPA:
             continue
         given = arguments(node)
-        key, value = (_unrepeated(given[name]) for name in ("key", "value"))
-        if key is not None and value is not None and not given.get("enable_gqa") and _is_grouped(given, key, value):
-            node.args, node.kwargs = (), given | {"key": key, "value": value, "enable_gqa": True}
-            found += 1
+        chains = [_repeated(given[name]) for name in ("key", "value")]
+        if not all(chains) or not _is_prompt(given):
+            continue
+        first = min(place[chain[0]] for chain in chains)
+        key, value = (cast(fx.Node, chain[0].args[0]) for chain in chains)
+        if any(first < i < place[node] for i in writes) or not _runs_alike(given, key, value):
+            continue
+        node.args, node.kwargs = (), given | {"key": key, "value": value, "enable_gqa": True}
+        found += 1
     if found:  # what repeated them stays for the compiler to remove
         gm.recompile()
     return found
 
 
-def _unrepeated(node: Any) -> fx.Node | None:
-    """k [b, heads, n, e] of ``k[:, :, None].expand(b, heads, times, n, e).reshape(b, heads * times, n, e)``."""
+def _may_write(node: fx.Node) -> bool:
+    """To a tensor that it did not make."""
+    return is_in_place(node) or "out" in node.kwargs or isinstance(node.target, HigherOrderOperator)
+
+
+def _repeated(node: Any) -> tuple[fx.Node, ...]:
+    """The three nodes of ``k[:, :, None].expand(b, heads, times, n, e).reshape(b, heads * times, n, e)``, or none."""
     if not _is_method(node, "reshape") or not _is_method(node.args[0], "expand"):
-        return None
-    one = node.args[0].args[0]  # [b, heads, 1, n, e]
+        return ()
+    wide = node.args[0]
+    one = wide.args[0]
     if not _is_new_axis(one):
-        return None
-    base: fx.Node = one.args[0]
-    shapes = [n.meta["example_value"].shape for n in (base, one, node.args[0], node)]
-    if [len(shape) for shape in shapes] != [4, 5, 5, 4]:
-        return None
-    (b, heads, n, e), _, (wide_b, wide_heads, times, wide_n, wide_e), (last_b, last_heads, last_n, last_e) = shapes
-    if not (isinstance(heads, int) and isinstance(times, int) and (wide_heads, last_heads) == (heads, heads * times)):
-        return None
-    others = (b, wide_b, last_b), (n, wide_n, last_n), (e, wide_e, last_e)
-    kept = all(len({size if isinstance(size, int) else None for size in sizes}) == 1 for sizes in others)
-    return base if kept else None  # a symbolic size is none that is expanded
+        return ()
+    base, once, repeated, last = (n.meta["example_value"].shape for n in (one.args[0], one, wide, node))
+    if (len(base), len(once), len(repeated), len(last)) != (4, 5, 5, 4):
+        return ()
+    b, heads, n, e = base
+    sizes = zip((*repeated, *last), (b, heads, repeated[2], n, e, b, heads * repeated[2], n, e), strict=True)
+    return (one, wide, node) if all(statically_known_true(size == wanted) for size, wanted in sizes) else ()
 
 
 def _is_method(node: Any, name: str) -> bool:
@@ -128,34 +145,38 @@ def _is_new_axis(node: Any) -> bool:
     return axes == [slice(None), slice(None), None, slice(None), slice(None)]
 
 
-def _is_grouped(given: dict[str, Any], key: fx.Node, value: fx.Node) -> bool:
-    """Whether it is a prompt whose query heads share these keys and values evenly, and fast kernels take them so."""
-    nodes = [given["query"], key, value, given.get("attn_mask")]
-    tensors = [n.meta["example_value"] for n in nodes if isinstance(n, fx.Node)]
-    query, heads = tensors[0], tensors[1].shape[1]
+def _is_prompt(given: dict[str, Any]) -> bool:
+    """Whether there are many queries, each with keys and values of its own batch and head."""
+    query, key, value = (given[name].meta["example_value"] for name in ("query", "key", "value"))
     few = isinstance(query.shape[-2], int) and query.shape[-2] <= MOST_DECODED
-    if few or query.dim() != 4 or not isinstance(query.shape[1], int):
+    if few or query.dim() != 4 or given.get("enable_gqa") or torch.is_autocast_enabled(query.device.type):
         return False
-    even = tensors[2].shape[1] == heads and query.shape[1] % heads == 0
-    return even and _takes_groups(tensors, bool(given.get("is_causal")), given.get("dropout_p") or 0.0)
+    return all(statically_known_true(t.shape[i] == query.shape[i]) for t in (key, value) for i in (0, 1))
 
 
-def _takes_groups(tensors: list[Tensor], causal: bool, dropout: float) -> bool:
-    """Whether each fast kernel for query, repeated key and value (and mask) takes grouped ones, and there is one."""
-    half = {t.dtype for t in tensors[:3]} in ({torch.bfloat16}, {torch.float16})
-    if tensors[0].device.type != "cuda" or not half or torch.is_autocast_enabled("cuda"):
-        return False
+def _runs_alike(given: dict[str, Any], key: fx.Node, value: fx.Node) -> bool:
+    """Whether the same fast kernel runs with grouped queries as without: else memory may grow with n²."""
+    kernel = chosen_kernel(given | {"key": key, "value": value, "enable_gqa": True})
+    return kernel in GROUPED and kernel == chosen_kernel(given)
 
-    def usable(repeats: int) -> list[bool]:
-        heads = (1, repeats, repeats)
-        sizes = [(t.shape[1] * n, 64, t.shape[3]) for t, n in zip(tensors[:3], heads, strict=True)] + [(1, 64, 64)]
-        small: list[Any] = [
-            torch.empty(1, *size, dtype=t.dtype, device=t.device) for t, size in zip(tensors, sizes, strict=False)
-        ]
-        q, k, v, mask = (*small, None)[:4]
-        parameters = cuda.SDPAParams(q, k, v, mask, dropout, causal, repeats == 1)
-        return [cuda.can_use_cudnn_attention(parameters), cuda.can_use_flash_attention(parameters)]
 
+def chosen_kernel(given: dict[str, Any]) -> SDPBackend:
+    """What PyTorch runs on CUDA for one sequence of these; elsewhere, or for sizes nobody knows, nothing fast."""
+    tensors: list[Any] = [given[name] for name in _NAMES[:4] if given.get(name) is not None]
+    likes = [_like(node.meta["example_value"]) for node in tensors]
+    rest = {name: value for name, value in given.items() if name not in _NAMES[:4]}
+    if any(like is None for like in likes) or any(isinstance(value, fx.Node) for value in rest.values()):
+        return SDPBackend.MATH
+    query, key, value, mask, *_ = cast(list[Any], [*likes, None])
+    with torch.cuda.device(query.device):
+        return SDPBackend(torch._fused_sdp_choice(query, key, value, mask, **rest))
+
+
+def _like(fake: Tensor) -> Tensor | None:
+    """A tensor on CUDA with these sizes and strides, as far as they are known, of the first in the batch."""
+    sizes, strides = ([n if isinstance(n, int) else n.node.hint for n in ns] for ns in (fake.shape, fake.stride()))
+    if fake.device.type != "cuda" or None in (*sizes, *strides):
+        return None
+    first = [1] * (len(sizes) - 3) + sizes[-3:] if len(sizes) > 3 else sizes
     with unset_fake_temporarily():
-        plain, grouped = usable(tensors[0].shape[1] // tensors[1].shape[1]), usable(1)
-    return any(plain) and all(g >= p for g, p in zip(grouped, plain, strict=True))
+        return torch.empty_strided(first, strides, dtype=fake.dtype, device=fake.device)

@@ -44,7 +44,6 @@ def rana(
         PlanError: the plan cannot be read or belongs to other weights.
     """
     parsed = BackendOptions.parse(options, mode)
-    _allow_threads()
     gm = expand(gm)
 
     def compile_graph(inputs: Sequence[Any], plan: Plan | None) -> Callable[..., Any]:
@@ -59,17 +58,6 @@ def rana(
     plan = Plan.of(parsed.plan)
     matches = tuple(bind_sites(gm, [entry.site for entry in _chosen(plan, parsed)]))
     return profiled(gm, example_inputs, parsed, compile_graph, (plan, Found(matches, (), ())))
-
-
-def _allow_threads() -> None:
-    """Let several threads call what is compiled.
-
-    Dynamo moves the graph that it took to the front of the list it looks through. A thread that is looking meanwhile
-    misses its own graph and compiles it again; after eight times it runs the model as it was, dense
-    (pytorch/pytorch#123177, #118260). A list that keeps its order is looked through from the oldest graph on.
-    """
-    if (reorder := getattr(torch._C._dynamo.eval_frame, "_set_lru_cache", None)) is not None:
-        reorder(False)
 
 
 Refresh = list[tuple[Bound, tuple[int, ...]]]  # a bound site and the positions of its weights among the inputs
@@ -192,10 +180,12 @@ def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -
 
 def _is_together(match: Match, weights: Sequence[Tensor], entry: SitePlan) -> bool:
     """Whether the parts of a masked stack are computed as one product of the packed weights."""
-    if match.rows is None or entry.family != "neuron" or len({w.dtype for w in weights}) > 1:
+    rows, site, weight = match.rows, entry.site, weights[0]
+    if rows is None or entry.family != "neuron" or len({w.dtype for w in weights}) > 1:
         return False
-    site = entry.site
-    return match.rows <= ops.most_together(site.d_in, site.d_outs, weights[0].dtype, weights[0].device)
+    if torch.is_autocast_enabled(weight.device.type):  # products of another dtype
+        return False
+    return 1 < rows <= ops.most_together(site.d_in, site.d_outs, weight.dtype, weight.device)
 
 
 def _is_late(size: torch.SymInt) -> bool:

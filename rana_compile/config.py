@@ -31,8 +31,9 @@ class BackendOptions:
             (a run that is resumed); ``rana_compile.refit`` fits the thresholds to them.
         mode: passed on to Inductor (``"default"``, ``"reduce-overhead"``, ``"max-autotune"``, ...).
         inductor: further Inductor options, as ``torch.compile(options=...)`` would take them. Adapted graphs
-            without gradients or symbolic sizes have ``size_asserts`` off (Dynamo's guards hold their inputs' sizes;
-            those of ops' outputs are not asserted either) unless it is set here.
+            without gradients have ``size_asserts`` off where Dynamo's guards hold their inputs' sizes (not
+            symbolic ones after a calibration of their own; those of ops' outputs are not asserted either), unless it is
+            set here.
         compiler: the backend that compiles the rewritten graph; ``"aot_eager"`` or ``"eager"`` to look for an error.
         flops_budget, recipe: without a plan, as ``calibrate`` takes them.
         calibration_tokens: without a plan, tokens to see before the fit.

@@ -9,6 +9,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -101,6 +102,7 @@ class Profiled:
         self._compiling = CompileContext.try_get()
         self._compile = compile_graph
         self._dense: Compiled | None = None
+        self._caller = get_ident()
         self._uses = WeakTensorKeyDictionary()
         self._examples = list(example_inputs)
         self._use_of(example_inputs)
@@ -109,6 +111,9 @@ class Profiled:
         self._examples = [None if i in kept else _fake(v, self._context) for i, v in enumerate(example_inputs)]
 
     def __call__(self, *args: Any) -> Any:
+        if get_ident() != self._caller:
+            self._caller = get_ident()
+            _allow_threads()
         return self._use_of(args)(*args)
 
     def _use_of(self, args: Sequence[Any]) -> "Use":
@@ -153,9 +158,8 @@ class Use:
         self._stamp: Stamp = [], []
         self._run: Compiled | None = None
         self._switch(args)
-        with (
-            self.session.lock
-        ):  # from now on: Dynamo may start over while a graph is compiled, and clears the first one
+        # not before: Dynamo may start over while a graph is compiled, and clears the first one
+        with self.session.lock:
             self.session.add(graph.found, {name: args[i] for name, i in graph.names.items()})
         self.replay = Replay(graph.gm, bind_sites(graph.gm, list(self.session.sites.values())))
 
@@ -234,6 +238,18 @@ class Use:
         device, dtype, enabled = self.graph.autocast
         with torch.autocast(device, dtype, enabled):
             return self.replay.run([args[i] for i in sorted(args)], handler)
+
+
+def _allow_threads() -> None:
+    """Let several threads call what is compiled.
+
+    Dynamo moves the graph that it took to the front of the list it looks through. A thread that is looking meanwhile
+    misses its own graph and compiles it again; after eight times it runs the model as it was, dense
+    (pytorch/pytorch#123177, #118260). A list that keeps its order is looked through from the oldest graph on, and for
+    one thread costs the guards of those before its own: a millisecond for each where a model has 270 weights.
+    """
+    if (reorder := getattr(torch._C._dynamo.eval_frame, "_set_lru_cache", None)) is not None:
+        reorder(False)
 
 
 def _constant(weight: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ def one_product(
 ) -> tuple[Tensor, ...]:
     """Each part's input [..., d] with its columns of weight_t [d, d_out], as one product of all with all.
 
-    For few rows: memory gives one large weight faster than several small ones, and that is all that costs.
+    For as many rows as it was measured faster for: one large weight is read faster than several small ones.
     """
     products = torch.stack(list(inputs)) @ weight_t  # [parts, ..., d_out]
     parts = [y.split(list(d_outs), dim=-1)[i] for i, y in enumerate(products)]

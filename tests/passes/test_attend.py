@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from support import graph_and_inputs, graph_of, plan_of, tiny_llama, tokens
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import rana_compile
 from rana_compile import backend
@@ -128,7 +129,7 @@ class Grouped(nn.Module):
 
 @pytest.fixture
 def every_kernel_takes_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attend, "_takes_groups", lambda *_: True)
+    monkeypatch.setattr(attend, "chosen_kernel", lambda given: SDPBackend.FLASH_ATTENTION)
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True, "scale": 0.3}], ids=["plain", "causal"])
@@ -168,20 +169,122 @@ def test_other_heads_are_left_alone(every_kernel_takes_groups: None, module: nn.
     torch.testing.assert_close(gm(*given)[0], module(q, k, v))
 
 
-def test_heads_stay_repeated_where_no_kernel_takes_groups() -> None:
+class Written(nn.Module):
+    """Something is written between repeating and attention."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k = k.clone()
+        whole = k[:, :, :1]
+        key, value = repeated(k), repeated(v)
+        if self.what == "the copy":
+            key.mul_(2)
+        elif self.what == "the keys":
+            k.zero_()
+        elif self.what == "a view of them":
+            whole[:] = 1
+        else:
+            key[:, :, 0] += 5
+        return F.scaled_dot_product_attention(q, key, value)
+
+
+@pytest.mark.parametrize("what", ["the copy", "the keys", "a view of them", "a part of the copy"])
+def test_written_heads_are_left_alone(every_kernel_takes_groups: None, what: str) -> None:
+    q, k, v = inputs(torch.float32, 2, queries=40)
+    gm, given = graph_and_inputs(Written(what), q, k, v)
+    assert share_repeated_heads(gm) == 0
+    torch.testing.assert_close(gm(*given)[0], Written(what)(q, k, v))
+
+
+class OneHead(nn.Module):
+    """A query head that is broadcast against three."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q[:, :1], repeated(k[:, :1]), repeated(v[:, :1]))
+
+
+class Turned(nn.Module):
+    """Sizes that are symbolic, and not those repeated."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, heads, n, e = k.shape
+        key, value = (x[:, :, None].expand(b, heads, 3, n, e).reshape(n, heads * 3, b, e) for x in (k, v))
+        return F.scaled_dot_product_attention(q.transpose(0, 2), key, value)
+
+
+class Chosen(Grouped):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return super().forward(q, k, v)
+
+
+@pytest.mark.parametrize("module", [OneHead(), Turned(), Chosen()], ids=["broadcast", "turned", "a kernel is chosen"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_only_looks_like_repeated_heads(every_kernel_takes_groups: None, module: nn.Module, dynamic: bool) -> None:
+    q, k, v = inputs(torch.float32, 2, queries=40)
+    shared = []
+
+    def compiler(gm: torch.fx.GraphModule, given: list[Any]) -> Any:
+        shared.append(share_repeated_heads(gm))
+        return gm
+
+    found = torch.compile(module, backend=compiler, dynamic=dynamic)(q, k, v)
+    assert not any(shared) and shared
+    torch.testing.assert_close(found, module(q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("plain", "grouped", "count"),
+    [
+        (SDPBackend.FLASH_ATTENTION, SDPBackend.FLASH_ATTENTION, 1),
+        (SDPBackend.CUDNN_ATTENTION, SDPBackend.CUDNN_ATTENTION, 1),
+        (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, 0),
+        (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, 0),
+        (SDPBackend.MATH, SDPBackend.MATH, 0),
+    ],
+)
+def test_heads_are_shared_where_the_same_fast_kernel_runs(
+    plain: SDPBackend, grouped: SDPBackend, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attend, "chosen_kernel", lambda given: grouped if given.get("enable_gqa") else plain)
+    assert share_repeated_heads(graph_of(Grouped(), *inputs(torch.bfloat16, 2, queries=40))) == count
+
+
+def test_heads_stay_repeated_on_a_cpu() -> None:
     assert share_repeated_heads(graph_of(Grouped(), *inputs(torch.bfloat16, 2, queries=40))) == 0
 
 
+def test_heads_stay_repeated_where_gradients_are_wanted(
+    every_kernel_takes_groups: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "share_repeated_heads", lambda gm: pytest.fail("called"))
+    model = tiny_llama()
+    plan = rana_compile.calibrate(model, tokens(4), 0.6, "neuron", progress=False)
+    fast = torch.compile(model, backend="rana", options={"plan": plan, "compiler": "eager"})
+    fast(input_ids=tokens(1)[0]).logits.sum().backward()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("mask", ["none", "float"])
-def test_heads_are_shared_on_a_gpu_as_fast_kernels_allow(mask: str) -> None:
-    q, k, v = (t.repeat(1, 1, 2, 4).cuda() for t in inputs(torch.bfloat16, 2, queries=40))
-    module = Grouped(attn_mask=None if mask == "none" else torch.zeros(80, 80, dtype=q.dtype, device="cuda"))
-    module.key = module.value = lambda x: x[:, :, None].expand(2, 2, 3, 80, 64).reshape(2, 6, 80, 64)
-    gm, given = graph_and_inputs(module, q, k, v)
+@pytest.mark.parametrize("mask", ["none", "causal", "float"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_heads_are_shared_on_a_gpu_as_its_kernels_allow(mask: str, dtype: torch.dtype) -> None:
+    def wide(x: Tensor) -> Tensor:
+        return x[:, :, None].expand(2, 2, 3, 80, 64).reshape(2, 6, 80, 64)
+
+    q, k, v = (t.repeat(1, 1, 2, 4).cuda() for t in inputs(dtype, 2, queries=40))
+    given = {"none": {}, "causal": {"is_causal": True}, "float": {"attn_mask": torch.zeros_like(q[0, 0] @ q[0, 0].T)}}
+    module = Grouped(wide, wide, **given[mask])
+    gm, ordered = graph_and_inputs(module, q, k, v)
     shared = share_repeated_heads(gm)
-    assert shared == 1 or mask == "float"  # with a mask, only where cuDNN's kernel runs
-    torch.testing.assert_close(gm(*given)[0], module(q, k, v))
+    expected = SDPBackend(torch._fused_sdp_choice(q, wide(k), wide(v), **given[mask]))
+    (call,) = (node for node in gm.graph.nodes if node.target is attend.SDPA)
+    assert shared == (expected in attend.GROUPED)
+    assert mask == "float" or shared == (dtype == torch.bfloat16)  # which kernels take a mask differs
+    assert attend.chosen_kernel(arguments(call)) == expected
+    torch.testing.assert_close(gm(*ordered)[0], module(q, k, v))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
