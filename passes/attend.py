@@ -13,6 +13,7 @@ so that the copies are never written: a kernel less in each layer.
 """
 
 import operator
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from torch.nn.attention import SDPBackend
 from rana_compile.kernels.ops import DTYPES, MOST_DECODED
 from rana_compile.passes.match import is_in_place
 
+GROUPING = {"cuda"}  # devices that are looked at
 GROUPED = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)  # kernels that take fewer keys than queries
 
 
@@ -156,27 +158,32 @@ def _is_prompt(given: dict[str, Any]) -> bool:
 
 def _runs_alike(given: dict[str, Any], key: fx.Node, value: fx.Node) -> bool:
     """Whether the same fast kernel runs with grouped queries as without: else memory may grow with n²."""
+    if given["query"].meta["example_value"].device.type not in GROUPING:
+        return False
     kernel = chosen_kernel(given | {"key": key, "value": value, "enable_gqa": True})
     return kernel in GROUPED and kernel == chosen_kernel(given)
 
 
 def chosen_kernel(given: dict[str, Any]) -> SDPBackend:
-    """What PyTorch runs on CUDA for one sequence of these; elsewhere, or for sizes nobody knows, nothing fast."""
+    """What PyTorch runs for one sequence of these; ``ERROR`` where nobody knows their sizes or no memory is left."""
     tensors: list[Any] = [given[name] for name in _NAMES[:4] if given.get(name) is not None]
-    likes = [_like(node.meta["example_value"]) for node in tensors]
     rest = {name: value for name, value in given.items() if name not in _NAMES[:4]}
-    if any(like is None for like in likes) or any(isinstance(value, fx.Node) for value in rest.values()):
-        return SDPBackend.MATH
+    if any(isinstance(value, fx.Node) for value in rest.values()):
+        return SDPBackend.ERROR
+    try:
+        with unset_fake_temporarily():
+            likes = [_like(node.meta["example_value"]) for node in tensors]
+    except (torch.OutOfMemoryError, ValueError):
+        return SDPBackend.ERROR
     query, key, value, mask, *_ = cast(list[Any], [*likes, None])
-    with torch.cuda.device(query.device):
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext(), unset_fake_temporarily():
         return SDPBackend(torch._fused_sdp_choice(query, key, value, mask, **rest))
 
 
-def _like(fake: Tensor) -> Tensor | None:
-    """A tensor on CUDA with these sizes and strides, as far as they are known, of the first in the batch."""
+def _like(fake: Tensor) -> Tensor:
+    """A tensor with these sizes and strides, of the first of the batch. Raises ValueError for sizes nobody knows."""
     sizes, strides = ([n if isinstance(n, int) else n.node.hint for n in ns] for ns in (fake.shape, fake.stride()))
-    if fake.device.type != "cuda" or None in (*sizes, *strides):
-        return None
-    first = [1] * (len(sizes) - 3) + sizes[-3:] if len(sizes) > 3 else sizes
-    with unset_fake_temporarily():
-        return torch.empty_strided(first, strides, dtype=fake.dtype, device=fake.device)
+    if None in (*sizes, *strides):
+        raise ValueError(f"unknown sizes: {fake.shape}")
+    first = [1] * (len(sizes) - 3) + sizes[-3:]
+    return torch.empty_strided(first[-len(sizes) :], strides, dtype=fake.dtype, device=fake.device)

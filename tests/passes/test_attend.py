@@ -129,6 +129,7 @@ class Grouped(nn.Module):
 
 @pytest.fixture
 def every_kernel_takes_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend, "GROUPING", {"cpu"})
     monkeypatch.setattr(attend, "chosen_kernel", lambda given: SDPBackend.FLASH_ATTENTION)
 
 
@@ -249,8 +250,29 @@ def test_what_only_looks_like_repeated_heads(every_kernel_takes_groups: None, mo
 def test_heads_are_shared_where_the_same_fast_kernel_runs(
     plain: SDPBackend, grouped: SDPBackend, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(attend, "GROUPING", {"cpu"})
     monkeypatch.setattr(attend, "chosen_kernel", lambda given: grouped if given.get("enable_gqa") else plain)
     assert share_repeated_heads(graph_of(Grouped(), *inputs(torch.bfloat16, 2, queries=40))) == count
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+def test_the_kernel_is_the_one_that_pytorch_chooses(mask: str, dynamic: bool) -> None:
+    chosen = []
+
+    def compiler(gm: torch.fx.GraphModule, given: list[Any]) -> Any:
+        chosen.extend(attend.chosen_kernel(arguments(node)) for node in gm.graph.nodes if node.target is attend.SDPA)
+        return gm
+
+    class Masked(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            return F.scaled_dot_product_attention(q, repeated(k), repeated(v), attn_mask=mask, scale=0.3)
+
+    q, k, v = inputs(torch.float32, 2, queries=40)
+    own = masks(torch.float32)[mask]
+    with torch.no_grad():
+        torch.compile(Masked(), backend=compiler, dynamic=dynamic)(q, k, v, own)
+    assert chosen == [SDPBackend(torch._fused_sdp_choice(q, repeated(k), repeated(v), own, scale=0.3))]
 
 
 def test_heads_stay_repeated_on_a_cpu() -> None:
