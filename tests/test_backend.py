@@ -171,7 +171,7 @@ def test_kernels_take_a_number_of_rows_that_varies(monkeypatch: pytest.MonkeyPat
 def test_parts_are_one_product_up_to_the_measured_number_of_rows(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not where it varies: a graph for few rows and one for more would cost the guards of both at every call."""
+    """Not where it varies: one graph serves any number of rows."""
     plan = rana_compile.calibrate(model, tokens(4), 0.6, recipe="neuron", progress=False)
     together: list[bool] = []
 
