@@ -167,7 +167,7 @@ def _runs_alike(given: dict[str, Any], key: fx.Node, value: fx.Node) -> bool:
 def chosen_kernel(given: dict[str, Any]) -> SDPBackend:
     """What PyTorch runs for one sequence of these; ``ERROR`` where nobody knows their sizes or no memory is left."""
     tensors: list[Any] = [given[name] for name in _NAMES[:4] if given.get(name) is not None]
-    rest = {name: value for name, value in given.items() if name not in _NAMES[:4]}
+    rest = {name: value for name, value in given.items() if name not in (*_NAMES[:4], "scale")}  # it decides nothing
     if any(isinstance(value, fx.Node) for value in rest.values()):
         return SDPBackend.ERROR
     try:

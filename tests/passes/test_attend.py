@@ -265,8 +265,10 @@ def test_the_kernel_is_the_one_that_pytorch_chooses(mask: str, dynamic: bool) ->
         return gm
 
     class Masked(nn.Module):
+        scale = 0.3  # a number that is symbolic too, if sizes are
+
         def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            return F.scaled_dot_product_attention(q, repeated(k), repeated(v), attn_mask=mask, scale=0.3)
+            return F.scaled_dot_product_attention(q, repeated(k), repeated(v), attn_mask=mask, scale=self.scale)
 
     q, k, v = inputs(torch.float32, 2, queries=40)
     own = masks(torch.float32)[mask]
