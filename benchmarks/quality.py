@@ -34,8 +34,9 @@ from rana_compile.correction import Target
 from rana_compile.flops import total_dense_flops
 from rana_compile.learning import LEARNING_STEPS
 from rana_compile.loading import load_causal
-from rana_compile.passes.record import Adapted
-from rana_compile.text import with_bos
+from rana_compile.passes.interpret import Handler
+from rana_compile.passes.record import Adapted, dense_handler
+from rana_compile.text import mean_nll, with_bos
 
 NOT_REFITTED = "the same, thresholds not refitted"
 LEARNT = "and thresholds learnt together"
@@ -195,40 +196,34 @@ def methods(
 
 
 class Reference:
-    """The dense model's answers on both domains, and its greedy continuation of held-out text."""
+    """The dense model on both domains, and its greedy continuation of held-out text."""
 
     def __init__(
         self, model: Any, tokenizer: Any, held_out: Tensor, other: Tensor, generated: int, equal_cost: bool
     ) -> None:
         self.model, self.domains, self.equal_cost = model, (held_out, other), equal_cost
-        self.dense = [[model(input_ids=w[None], use_cache=False).logits[0].half() for w in d] for d in self.domains]
         self.prompt = held_out[0, :32]
         self.continued = model.generate(
             self.prompt[None], max_new_tokens=generated, min_new_tokens=generated, do_sample=False,
             pad_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
-        self.loss = [self._loss(d, w) for d, w in zip(self.dense, self.domains, strict=True)]
-
-    def _loss(self, logits: list[Tensor], windows: Tensor) -> float:
-        each = [nn.functional.cross_entropy(q[:-1].float(), w[1:]) for q, w in zip(logits, windows, strict=True)]
-        return float(torch.stack(each).mean())
+        self.loss = [mean_nll(model, windows) for windows in self.domains]
 
     def measured(self, name: str, asked: float, plan: Plan, seconds: float, session: Session) -> Row:
         kept, increases, divergences = [], [], []
-        for windows, dense in zip(self.domains, self.dense, strict=True):
+        for windows in self.domains:
             increase = divergence = 0.0
             factor = self._factor(asked, plan, windows, session) if self.equal_cost else 1.0
             handler = handler_of(plan, factor)
-            for window, p in zip(windows, dense, strict=True):
-                q = self._logits(session, handler, window).log_softmax(-1)
-                p = p.float().log_softmax(-1)
+            for window in windows:
+                p, q = (self._logits(session, each, window).log_softmax(-1) for each in (dense_handler, handler))
                 increase += float((p - q)[:-1].gather(1, window[1:, None]).mean())
                 divergence += float((p.exp() * (p - q)).sum(-1).mean())
             kept.append(kept_of(plan, handler))
             increases.append(increase / len(windows))
             divergences.append(divergence / len(windows))
         greedy = self._agreement(session, handler_of(plan))
-        predicted = sum(site.error for site in plan.sites)
+        predicted = math.nan if plan.loss_increase is None else plan.loss_increase
         return Row(name, asked, *kept, *increases, *divergences, greedy, predicted, seconds, *self.loss)  # type: ignore[call-arg]
 
     def _factor(self, asked: float, plan: Plan, windows: Tensor, session: Session) -> float:
@@ -241,7 +236,7 @@ class Reference:
             logarithm += (kept_of(plan, handler) - asked) / SLOPE
         return math.exp(logarithm)
 
-    def _logits(self, session: Session, handler: Adapted, ids: Tensor) -> Tensor:
+    def _logits(self, session: Session, handler: Handler, ids: Tensor) -> Tensor:
         """[length, vocabulary]: one forward pass without a cache, masks on for every token."""
         return session.run_with(handler, {"input_ids": ids[None], "use_cache": False}).logits[0].detach()
 

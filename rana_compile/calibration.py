@@ -26,7 +26,7 @@ from rana_compile.fitting import Candidate, Evidence, is_tall
 from rana_compile.flops import bytes_read, dense_flops, total_dense_flops
 from rana_compile.learning import LEARNING_STEPS, check_steps
 from rana_compile.memory import naming_remedy, one_by_one
-from rana_compile.objective import differentiate
+from rana_compile.objective import differentiate, predicts_next_tokens
 from rana_compile.offload import SiteWeights, Weights
 from rana_compile.passes.interpret import Handler, capturing
 from rana_compile.passes.match import Found
@@ -176,7 +176,8 @@ def calibration(
         with Progress(progress, (1 + 2 * fits) * len(data)) as bar:
             kept = Checkpoint(processes.own(checkpoint)) if isinstance(checkpoint, str | PathLike) else checkpoint
             settings = (separate_gates, [keep(name) for name in parameters])
-            yield Session(parameters, run, capture, bar, seed, *split_held_back(data), kept, settings, processes, fits)
+            split, predicts = split_held_back(data), predicts_next_tokens(model)
+            yield Session(parameters, run, capture, bar, seed, *split, kept, settings, processes, fits, predicts)
             if kept is not None:
                 kept.remove()
 
@@ -210,8 +211,9 @@ class Session:
         settings: Sequence[Any] = (),
         processes: Processes = ALONE,
         fits: int = 1,
+        predicts: bool = False,
     ) -> None:
-        self._left = fits
+        self._left, self._predicts = fits, predicts
         self.parameters = parameters
         self._processes = processes
         self._checkpoint, self._settings = checkpoint, settings
@@ -232,9 +234,7 @@ class Session:
         several = GLOBAL.get(recipe) if isinstance(recipe, str) else None
         self._record(is_tall if several else every_site)
         found = self.capture.found[0]
-        fitter = Fitter(
-            self.run_with, self.fitting, self.held_back, self.bar, MAX_REFITS if refit else 0, self._processes
-        )
+        fitter = self._fitter(MAX_REFITS if refit else 0)
         self.bar.say("choosing adapters")
         if several:
             problem = Problem(self._chosen(several, target, found), self._cost_of(target))
@@ -246,7 +246,7 @@ class Session:
         else:
             direct = DIRECT[recipe] if isinstance(recipe, str) else recipe
             fitted = fitter.fitted(self._chosen(direct, target, found), fitter.everything)
-        return self._plan(fitted, target, recipe, found)
+        return self._plan(fitter.foreseen(fitted), target, recipe, found)
 
     def _chosen(self, recipe: Callable[..., Any], target: Target, found: Found) -> Any:
         """What the recipe makes of what was recorded, which after the last fit goes: it is most of the memory."""
@@ -260,21 +260,25 @@ class Session:
 
     def refit(self, plan: Plan) -> Plan:
         """The plan's adapters with thresholds that realise what it was asked for on these batches."""
-        fitter = Fitter(self.run_with, self.fitting, self.held_back, self.bar, processes=self._processes)
+        fitter = self._fitter(MAX_REFITS)
         rate = plan.flops_asked / plan.flops_kept
         choice = {
             s.site: Candidate(s.family, s.tensors, s.live, Option(rate * s.flops_kept * dense_flops(s.site), s.error))
             for s in plan.sites
         }
-        fitted = fitter.fitted(choice, fitter.everything)
+        fitted = fitter.foreseen(fitter.fitted(choice, fitter.everything))
         new = self._plan(fitted, Target("flops", plan.flops_asked), "", self.capture.found[0])
-        info = {**plan.info, "divergence": fitted.divergence}
+        info = {**plan.info, "divergence": fitted.divergence, "loss_increase": fitted.loss_increase}
         return replace(new, skipped=plan.skipped, flops_asked=plan.flops_asked, model_flops=plan.model_flops, info=info)
 
     def run_with(self, handler: Handler, batch: Batch) -> Any:
         """The model's output with every site in the handler's hands."""
         self.capture.handler = handler
         return self.run(**batch)
+
+    def _fitter(self, refits: int) -> Fitter:
+        data = self.fitting, self.held_back
+        return Fitter(self.run_with, *data, self.bar, refits, self._processes, self._predicts)
 
     def _has_accelerator(self, sites: Iterable[Site]) -> bool:
         """Whether all weights of these sites are on one, none offloaded."""
@@ -379,6 +383,7 @@ class Session:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "divergence": fitted.divergence,
+            "loss_increase": fitted.loss_increase,
         }
         excluded = [s for s in found.skipped if s.name in self.parameters]
         extra = sum(2 * self._placed(s.name).numel() for s in excluded if self._placed(s.name).dim() == 2)

@@ -7,14 +7,17 @@ random direction, in units of its size, which makes the price a scaled squared e
 """
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from rana_compile.types import ConfigError, RanaError
 
 AT_ONCE = 1 << 22  # logits of which copies are made
+NO_LABEL = -100  # what cross entropy leaves out
 
 
 def differentiate(output: Any, generator: torch.Generator) -> None:
@@ -67,10 +70,51 @@ def main_output(output: Any) -> Tensor:
 
 def divergence(dense: Tensor, adapted: Tensor) -> float:
     """Mean KL(dense ‖ adapted) in nats per row over the last dimension's distributions."""
-    width = dense.shape[-1]
-    rows, at_once = dense.numel() // width, max(1, AT_ONCE // width)
     sums = []
-    for p, q in zip(*(t.reshape(rows, width).split(at_once) for t in (dense, adapted)), strict=True):
-        p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+    for p, q in _in_parts(dense, adapted):
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
         sums.append((p.exp() * (p - q)).sum())
-    return float(torch.stack(sums).cpu().double().sum() / rows)
+    return float(torch.stack(sums).cpu().double().sum() / (dense.numel() // dense.shape[-1]))
+
+
+def loss_increase(dense: Tensor, adapted: Tensor, labels: Tensor) -> float:
+    """Of the negative log-likelihood of labels [...], from logits [..., vocabulary], in nats, summed over labels."""
+    sums = []
+    each = labels.flatten().split(_rows_at_once(dense))
+    for (p, q), label in zip(_in_parts(dense, adapted), each, strict=True):
+        before, after = (cross_entropy(z, label, ignore_index=NO_LABEL, reduction="none") for z in (p, q))
+        sums.append((after - before).sum())
+    return float(torch.stack(sums).cpu().double().sum())
+
+
+def next_tokens(batch: Mapping[str, Any], logits: Tensor) -> Tensor | None:
+    """The text's own tokens that a causal language model's logits [batch, length, vocabulary] are of: [batch, length].
+
+    ``NO_LABEL`` after the last token, and where ``attention_mask`` says padding. None where the batch has no
+    ``input_ids`` of the logits' length.
+    """
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.shape != logits.shape[:-1]:
+        return None
+    labels = ids.roll(-1, -1)
+    labels[..., -1] = NO_LABEL
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        labels[(mask == 0) | (mask.roll(-1, -1) == 0)] = NO_LABEL
+    return labels
+
+
+def predicts_next_tokens(model: Any) -> bool:
+    """Whether it is a causal language model, as transformers has them."""
+    generates = getattr(model, "can_generate", lambda: False)()
+    return bool(generates) and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    return max(1, AT_ONCE // logits.shape[-1])
+
+
+def _in_parts(dense: Tensor, adapted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both as float32 [rows, vocabulary], some rows at once."""
+    parts = (t.reshape(-1, t.shape[-1]).split(_rows_at_once(t)) for t in (dense, adapted))
+    for p, q in zip(*parts, strict=True):
+        yield p.float(), q.float()

@@ -114,13 +114,14 @@ def _section(title: str, text: str, body: str) -> str:
 
 
 def _tiles(plan: "Plan") -> str:
-    apart = plan.info.get("divergence")
+    apart = plan.info.get("divergence"), plan.loss_increase
+    told = [f"{nats:.4f}" if isinstance(nats, float) else "not measured" for nats in apart]
     tiles = {
         "asked": f"{plan.flops_asked:.1%}",
         "realised": f"{plan.flops_kept:.1%}",
         "of all linears": f"{plan.flops_kept_model:.1%}",
-        "divergence, nats per token": f"{apart:.4f}" if isinstance(apart, float) else "not measured",
-        "predicted loss increase": f"{sum(s.error for s in plan.sites):.3f}",
+        "divergence, nats per token": told[0],
+        "predicted loss increase": told[1],
         "calibration tokens": f"{plan.info.get('tokens', 0):,}",
     }
     return '<dl class="tiles">' + "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in tiles.items()) + "</dl>\n"
@@ -150,7 +151,7 @@ def _cell(entry: "SitePlan", shade: float) -> str:
     share, site = 100 * entry.flops_kept, entry.site
     live = " + ".join(f"{n:.0f}" for n in entry.live)
     about = f"{site.name}\n{site.d_in} → {site.d_out}, {entry.family}" + (f", mean live {live}" if live else "")
-    about += f"\n{share:.1f}% of its FLOPs, predicted loss increase {entry.error:.2g} nats"
+    about += f"\n{share:.1f}% of its FLOPs, predicted divergence {entry.error:.2g} nats"
     kind = " class=dense" if entry.family == "dense" else ""
     return f'<td{kind} style="--share:{100 * shade:.0f}%" title="{escape(about)}">{share:.0f}</td>'
 
@@ -180,7 +181,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence
 def _sites(plan: "Plan") -> str:
     from rana_compile.report import site_cells
 
-    head = ("site", "family", "rank", "mean live", "FLOPs kept", "predicted loss increase")
+    head = ("site", "family", "rank", "mean live", "FLOPs kept", "predicted divergence")
     table = _table(head, map(site_cells, plan.sites), numbers=(2, 3, 4, 5))
     return f"<details><summary>all {len(plan.sites)}</summary>{table}</details>"
 

@@ -39,8 +39,8 @@ class SitePlan:
         tensors: what the family stores.
         live: mean coordinates kept per token by each mask, measured on held-back tokens.
         flops_kept: realised FLOPs as a share of the site's dense FLOPs.
-        error: predicted increase of the loss (nats per token), corrected by what each kind of adapter measured
-            and by what learning thresholds gained.
+        error: predicted part in the divergence from the dense model (KL, nats per token), corrected by what each kind
+            of adapter measured and by what learning thresholds gained.
         weight_hash: SHA-256 over dtype, shape and bytes of the site's weights.
     """
 
@@ -103,6 +103,14 @@ class Plan:
 
     def _kept(self) -> float:
         return sum(s.flops_kept * dense_flops(s.site) for s in self.sites)
+
+    @property
+    def loss_increase(self) -> float | None:
+        """Predicted for the next tokens of text like that calibrated on, nats per token; measured on held-back batches.
+
+        None unless it was a causal language model of transformers, calibrated on token ids.
+        """
+        return self.info.get("loss_increase")
 
     @property
     def adapted(self) -> tuple[SitePlan, ...]:

@@ -13,9 +13,12 @@ WIDTH = 120
 
 def plan_text(plan: "Plan") -> str:
     """The plan as a table per site, the totals, and what was skipped and why."""
-    columns = ("site", "family", "rank", "mean live", "FLOPs kept", "error")
+    columns = ("site", "family", "rank", "mean live", "FLOPs kept", "divergence")
     title = f"rana_compile plan ({plan.info.get('recipe', '?')})"
-    lines = [totals(plan), *(f"never on: {s.site.name}, whose mask let nothing through" for s in plan.dead)]
+    quality = (("loss increase", plan.loss_increase), ("divergence", plan.info.get("divergence")))
+    told = ", ".join(f"{name} {nats:.4f}" for name, nats in quality if nats is not None)
+    lines = [totals(plan), *([f"predicted, nats per token: {told}"] if told else [])]
+    lines += [f"never on: {s.site.name}, whose mask let nothing through" for s in plan.dead]
     return table_text(title, columns, ("site", "family"), map(site_cells, plan.sites), "\n".join(lines), plan.skipped)
 
 
@@ -55,7 +58,7 @@ def totals(plan: "Plan") -> str:
 
 
 def site_cells(entry: "SitePlan") -> tuple[str, ...]:
-    """A site's line in a table: name, family, rank, mean live, FLOPs kept, predicted loss increase."""
+    """A site's line in a table: name, family, rank, mean live, FLOPs kept, predicted divergence."""
     basis = entry.tensors.get("output_basis")
     rank = "" if basis is None else str(basis.shape[1])
     live = "" if entry.family == "dense" else " + ".join(f"{n:.0f}" for n in entry.live)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 from support import tiny_llama, tokens
-from torch import nn
+from torch import Tensor, nn
 
 import rana_compile
-from rana_compile import ConfigError, Plan
+from rana_compile import ConfigError, Plan, correction
 from rana_compile.calibration import calibration
 from rana_compile.correction import Target, thinned
 from rana_compile.fitting import Evidence, neuron_at
@@ -110,3 +110,57 @@ def test_thinned_batches_are_spread_evenly() -> None:
     places = {id(b): i for i, b in enumerate(batches)}
     for limit, kept in ((8 * 32, list(range(8))), (2 * 32, [0, 4]), (1, [0])):
         assert [places[id(b)] for b in thinned(batches, limit)] == kept
+
+
+def increase_and_divergence(
+    model: nn.Module, plan: Plan, held_back: Sequence[dict[str, Tensor]]
+) -> tuple[float, float]:
+    """Of the batches' own next tokens, and from the dense model: measured anew, by another way."""
+    with rana_compile.adapted(model, plan) as run, torch.no_grad():
+        apart = [[m(**batch).logits[0].double().log_softmax(-1) for m in (model, run)] for batch in held_back]
+        labels = [batch["input_ids"][0, 1:, None] for batch in held_back]
+    rises = [(p - q)[:-1].gather(1, y).mean() for (p, q), y in zip(apart, labels, strict=True)]
+    return float(sum(rises)) / len(rises), float(sum((p.exp() * (p - q)).sum(-1).mean() for p, q in apart)) / len(apart)
+
+
+@pytest.mark.parametrize("spread", [1e6, 1e-9])
+def test_the_predicted_loss_increase_is_what_was_measured_as_far_as_that_tells(
+    model: nn.Module, spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The measured one where nothing else is known of it, the divergence where nothing is measured."""
+    monkeypatch.setattr(correction, "STRONGER", 1.0)
+    monkeypatch.setattr(correction, "SPREAD", spread)
+    with calibration(model, tokens(8), progress=False) as session:
+        plan = session.fit(Target("flops", 0.6))
+        increase, apart = increase_and_divergence(model, plan, session.held_back)
+    assert abs(increase - apart) > 0.01 * apart
+    assert plan.loss_increase == pytest.approx(increase if spread > 1 else apart, rel=1e-3)
+    assert f"predicted, nats per token: loss increase {plan.loss_increase:.4f}, divergence" in str(plan)
+
+
+def test_few_tokens_move_the_predicted_loss_increase_less_than_many(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for count in (4, 64):
+        rana_compile.calibrate(model, tokens(count), 0.6, progress=False)
+    told = [r for r in caplog.records if r.msg.startswith("loss increase over divergence")]
+    pulled = [(taken - 1) / (ratio - 1) for ratio, _, taken in (r.args for r in told)]  # type: ignore[misc]
+    assert 0 < pulled[0] < pulled[1] < 1
+
+
+def test_a_refitted_plan_has_a_loss_increase_of_its_own(model: nn.Module) -> None:
+    plan = rana_compile.calibrate(model, tokens(8), 0.6, progress=False)
+    again = rana_compile.refit(model, tokens(8, seed=5), plan, progress=False)
+    assert None is not again.loss_increase != plan.loss_increase is not None
+
+
+def test_a_plan_that_adapts_nothing_increases_no_loss(model: nn.Module) -> None:
+    assert rana_compile.calibrate(model, tokens(4), 1.0, "neuron", progress=False).loss_increase == 0
+
+
+def test_where_no_next_tokens_are_predicted_no_loss_increase_is() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    plan = rana_compile.calibrate(model, [{"input": torch.randn(64, 64)} for _ in range(4)], 0.6, progress=False)
+    assert plan.loss_increase is None
+    assert "predicted, nats per token: divergence" in str(plan)

@@ -50,4 +50,5 @@ def summary(plan: Plan) -> dict[str, object]:
         "flops_kept": plan.flops_kept,
         "flops_kept_model": plan.flops_kept_model,
         "divergence": plan.info.get("divergence"),
+        "loss_increase": plan.loss_increase,
     }
