@@ -13,7 +13,7 @@ WIDTH = 120
 
 def plan_text(plan: "Plan") -> str:
     """The plan as a table per site, the totals, and what was skipped and why."""
-    columns = ("site", "family", "rank", "mean live", "FLOPs kept", "divergence")
+    columns = ("site", "family", "rank", "mean live", "FLOPs kept", "error")
     title = f"rana_compile plan ({plan.info.get('recipe', '?')})"
     quality = (("loss increase", plan.loss_increase), ("divergence", plan.info.get("divergence")))
     told = ", ".join(f"{name} {nats:.4f}" for name, nats in quality if nats is not None)

@@ -312,12 +312,14 @@ def test_heads_are_shared_on_a_gpu_as_its_kernels_allow(mask: str, dtype: torch.
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("prompts", [1, 3])
 def test_a_model_of_grouped_queries_gives_what_it_gave(
-    every_kernel_takes_groups: None, monkeypatch: pytest.MonkeyPatch, dynamic: bool
+    monkeypatch: pytest.MonkeyPatch, prompts: int, dynamic: bool
 ) -> None:
+    monkeypatch.setattr(attend, "GROUPING", {"cpu"})
     model = tiny_llama()
     plan = rana_compile.calibrate(model, tokens(4), 0.6, "neuron", progress=False)
-    (ids,) = tokens(1, length=24, seed=3)
+    ids = torch.cat(tokens(prompts, length=24, seed=3))
     with torch.no_grad(), rana_compile.adapted(model, plan) as run:
         expected = run(input_ids=ids).logits
     shared: list[int] = []
