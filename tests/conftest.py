@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,6 +16,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import hypothesis
 import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from rana_compile import Plan
 
 # The same examples in every run, and no judgement of their time: a test that fails must fail for what was changed.
 hypothesis.settings.register_profile("rana", derandomize=True, deadline=None, max_examples=60)
@@ -26,6 +31,24 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell would ignore it
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """A language model of one layer, for tests that need any; ``plan`` is for it."""
+    from support import tiny_llama
+
+    torch.manual_seed(0)
+    return tiny_llama(layers=1)
+
+
+@pytest.fixture(scope="module")
+def plan(model: nn.Module) -> "Plan":
+    from support import tokens
+
+    import rana_compile
+
+    return rana_compile.calibrate(model, tokens(4), flops_budget=0.6, recipe="neuron", progress=False)
 
 
 @pytest.fixture(autouse=True)

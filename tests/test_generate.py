@@ -14,17 +14,6 @@ import rana_compile
 from rana_compile import Plan
 
 
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return tiny_llama(layers=1)
-
-
-@pytest.fixture(scope="module")
-def plan(model: nn.Module) -> Plan:
-    return rana_compile.calibrate(model, tokens(6), flops_budget=0.6, recipe="neuron", progress=False)
-
-
 def run_eagerly(model: nn.Module, plan: Plan) -> nn.Module:
     """A model whose linears see masked inputs, by hooks: no compiler anywhere."""
     other = copy.deepcopy(model)

@@ -8,22 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from support import tiny_llama, tokens
+from support import tokens
 from torch import Tensor, nn
 
 import rana_compile
 from rana_compile import Plan, backend, profiled
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return tiny_llama(layers=1)
-
-
-@pytest.fixture(scope="module")
-def plan(model: nn.Module) -> Plan:
-    return rana_compile.calibrate(model, tokens(4), flops_budget=0.6, recipe="neuron", progress=False)
 
 
 def logits(model: Any, length: int) -> Tensor:

@@ -17,17 +17,6 @@ CHAOS = 0.15  # in 8 bits of mantissa a coordinate at its threshold falls either
 
 
 @pytest.fixture(scope="module")
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return tiny_llama(layers=1)
-
-
-@pytest.fixture(scope="module")
-def plan(model: nn.Module) -> Plan:
-    return rana_compile.calibrate(model, tokens(4), flops_budget=0.6, recipe="neuron", progress=False)
-
-
-@pytest.fixture(scope="module")
 def expected(model: nn.Module, plan: Plan) -> dict[int, Tensor]:
     """Logits of the formulas by length: many rows, and one."""
     with rana_compile.adapted(model, plan) as run, torch.no_grad():
