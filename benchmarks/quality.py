@@ -60,7 +60,7 @@ class Row:
     divergence: float  # KL(dense ‖ adapted)
     divergence_other: float
     greedy: float  # share of the dense model's greedy continuation that is the adapted model's choice too
-    predicted: float
+    predicted_increase: float  # plan.loss_increase
     seconds: float
     dense: float  # loss of the dense model
     dense_other: float
@@ -112,7 +112,7 @@ def read(files: list[Path]) -> list[Row]:
     rows = []
     for path in files:
         with path.open(newline="", encoding="utf-8") as file:
-            rows += [Row(r.pop("method"), *map(float, r.values())) for r in csv.DictReader(file)]
+            rows += [Row(r.pop("method"), **{k: float(v) for k, v in r.items()}) for r in csv.DictReader(file)]
     return rows
 
 
@@ -275,7 +275,7 @@ def print_table(rows: list[Row], asked: float) -> None:
     for r in sorted(rows, key=lambda r: r.increase + r.increase_other):
         table.add_row(
             r.method, f"{r.kept:.1%}", f"{r.kept_other:.1%}", f"{r.increase:.4f}", f"{r.increase_other:.4f}",
-            f"{r.divergence:.4f}", f"{r.divergence_other:.4f}", f"{r.greedy:.1%}", f"{r.predicted:.4f}",
+            f"{r.divergence:.4f}", f"{r.divergence_other:.4f}", f"{r.greedy:.1%}", f"{r.predicted_increase:.4f}",
             f"{r.seconds:.0f}",
         )  # fmt: skip
     console.print(table)

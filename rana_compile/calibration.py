@@ -26,7 +26,7 @@ from rana_compile.fitting import Candidate, Evidence, is_tall
 from rana_compile.flops import bytes_read, dense_flops, total_dense_flops
 from rana_compile.learning import LEARNING_STEPS, check_steps
 from rana_compile.memory import naming_remedy, one_by_one
-from rana_compile.objective import differentiate, predicts_next_tokens
+from rana_compile.objective import differentiate, writes_text
 from rana_compile.offload import SiteWeights, Weights
 from rana_compile.passes.interpret import Handler, capturing
 from rana_compile.passes.match import Found
@@ -176,8 +176,8 @@ def calibration(
         with Progress(progress, (1 + 2 * fits) * len(data)) as bar:
             kept = Checkpoint(processes.own(checkpoint)) if isinstance(checkpoint, str | PathLike) else checkpoint
             settings = (separate_gates, [keep(name) for name in parameters])
-            split, predicts = split_held_back(data), predicts_next_tokens(model)
-            yield Session(parameters, run, capture, bar, seed, *split, kept, settings, processes, fits, predicts)
+            split, writes = split_held_back(data), writes_text(model)
+            yield Session(parameters, run, capture, bar, seed, *split, kept, settings, processes, fits, writes)
             if kept is not None:
                 kept.remove()
 
@@ -211,9 +211,9 @@ class Session:
         settings: Sequence[Any] = (),
         processes: Processes = ALONE,
         fits: int = 1,
-        predicts: bool = False,
+        writes: bool = False,
     ) -> None:
-        self._left, self._predicts = fits, predicts
+        self._left, self._writes_text = fits, writes
         self.parameters = parameters
         self._processes = processes
         self._checkpoint, self._settings = checkpoint, settings
@@ -278,7 +278,7 @@ class Session:
 
     def _fitter(self, refits: int) -> Fitter:
         data = self.fitting, self.held_back
-        return Fitter(self.run_with, *data, self.bar, refits, self._processes, self._predicts)
+        return Fitter(self.run_with, *data, self.bar, refits, self._processes, self._writes_text)
 
     def _has_accelerator(self, sites: Iterable[Site]) -> bool:
         """Whether all weights of these sites are on one, none offloaded."""

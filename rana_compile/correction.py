@@ -19,7 +19,7 @@ from rana_compile.data import Batch, rows_of
 from rana_compile.fitting import Candidate
 from rana_compile.learning import learn
 from rana_compile.memory import one_by_one
-from rana_compile.objective import NO_LABEL, divergence, loss_increase, main_output, next_tokens
+from rana_compile.objective import NO_LABEL, distances_on, divergence, main_output, next_tokens
 from rana_compile.passes.interpret import Handler
 from rana_compile.passes.record import Adapted, dense_handler
 from rana_compile.processes import ALONE, Processes
@@ -34,8 +34,9 @@ CHECK_TOKENS = 1024  # that each kind of adapter is measured on, alone
 MAX_REFITS = 3
 MAX_SEARCHES = 4  # plans fitted to find the cheapest within a loss increase
 TOLERANCE = 0.01  # relative miss of the chosen cost that is accepted without another refit
-STRONGER = 1.5  # times the thresholds, where the loss rises by some times as much and its noise by less
+HIGHER = 1.5  # times the thresholds, with which the loss rises by more than its noise does
 SPREAD = 0.3  # standard deviation, over models and texts, of the loss increase as a multiple of the divergence
+SAME = 1e-3  # relative difference of what is computed twice
 DEFAULT_SHARE = 0.6
 
 Unit = Literal["flops", "bytes", "loss"]
@@ -105,19 +106,10 @@ class Fitted:
     loss_increase: float | None = None
 
 
-@dataclass(frozen=True)
-class Measured:
-    """How far adapted outputs are from dense ones: mean KL per row, and by how much the loss of ``labels`` rose."""
-
-    divergence: float
-    increase: float
-    labels: int
-
-
 class Fitter:
     """Fits choices on the batches of one calibration. ``run(handler, batch)`` gives the model's output.
 
-    ``predicts``: that of the next tokens of the batches' text.
+    ``writes_text``: whether it may be logits of the next tokens of the batches' text.
     """
 
     def __init__(
@@ -128,9 +120,9 @@ class Fitter:
         bar: Progress,
         refits: int = MAX_REFITS,
         processes: Processes = ALONE,
-        predicts: bool = False,
+        writes_text: bool = False,
     ) -> None:
-        self._processes, self._predicts = processes, predicts
+        self._processes, self._writes_text = processes, writes_text
         self._run, self._bar, self._held_back, self._refits = run, bar, held_back, refits
         self.everything = thinned([*fitting, *held_back], REFIT_TOKENS)
 
@@ -208,22 +200,49 @@ class Fitter:
         token's log-likelihood ratio, whose variance is twice the divergence). So what is measured is its ratio to the
         divergence, with thresholds as they are and with higher ones, and drawn towards 1 by as much as it is noise.
         """
-        if not self._predicts:
+        if not self._writes_text or not self._is_causal():
             return fitted
         self._bar.expect(len(self._held_back))
-        higher = {site: _scaled(c, [STRONGER] * len(c.live)) for site, c in fitted.choice.items()}
-        handlers = [Adapted(_adapters(choice)) for choice in (fitted.choice, higher)]
-        measured = self._measured(handlers, self._held_back, text=True)
-        nats, labels = [max(m.divergence, 0.0) for m in measured], measured[0].labels
-        if not labels:
+        higher = {site: _scaled(c, [HIGHER] * len(c.live)) for site, c in fitted.choice.items()}
+        apart, increases, labels = self._on_text([fitted.adapted, Adapted(_adapters(higher))])
+        if not labels or not all(map(math.isfinite, (*apart, *increases))):
             return fitted
-        if not all(nats):  # nothing is adapted
-            return replace(fitted, loss_increase=fitted.divergence)
-        noise = sum(math.sqrt(2 * each / labels) for each in nats) / sum(nats)
-        ratio = sum(m.increase for m in measured) / sum(nats)
+        if min(apart) <= 0:  # nothing is adapted
+            return replace(fitted, loss_increase=max(apart[0], 0.0))
+        noise = sum(math.sqrt(2 * each / labels) for each in apart) / sum(apart)
+        ratio = sum(increases) / sum(apart)
         expected = 1 + (ratio - 1) * SPREAD**2 / (SPREAD**2 + noise**2)
         log.info("loss increase over divergence: %.2f ± %.2f, taken as %.2f", ratio, noise, expected)
-        return replace(fitted, loss_increase=expected * fitted.divergence)
+        return replace(fitted, loss_increase=expected * apart[0])
+
+    def _is_causal(self) -> bool:
+        """Whether the second half of a text leaves the outputs of the first as they are, in all processes."""
+        batch, same = self._held_back[0], True
+        first = main_output(self._run(dense_handler, batch))
+        if next_tokens(batch, first) is not None:
+            ids, half = batch["input_ids"], first.shape[-2] // 2
+            turned = torch.cat([ids[..., :half], ids[..., half:].flip(-1)], -1)
+            second = main_output(self._run(dense_handler, {**batch, "input_ids": turned}))
+            before, after = (z[..., :half, :].float() for z in (first, second))
+            same = bool((after - before).norm() <= SAME * before.norm())
+        return self._processes.total(float(same))[0] == self._processes.count
+
+    def _on_text(self, handlers: Sequence[Handler]) -> tuple[list[float], list[float], int]:
+        """Each handler's divergence and loss increase, in nats per next token of held-back text, and those tokens."""
+        sums, count = [[0.0, 0.0] for _ in handlers], 0
+        for batch in one_by_one(self._held_back):
+            self._bar.say("measuring on held-back batches")
+            dense = main_output(self._run(dense_handler, batch))
+            labels = next_tokens(batch, dense)
+            if labels is not None:
+                count += int((labels != NO_LABEL).sum())
+                for total, handler in zip(sums, handlers, strict=True):
+                    found = distances_on(labels, dense, main_output(self._run(handler, batch)))
+                    total[:] = (a + b for a, b in zip(total, found, strict=True))
+            self._bar.step()
+        known, *nats = self._processes.total(count, *(each for total in sums for each in total))
+        means = [each / max(known, 1) for each in nats]
+        return means[::2], means[1::2], int(known)
 
     def fitted(self, choice: Choice, batches: Sequence[Batch]) -> Fitted:
         """The choice with thresholds that realise its cost when all adapters are on, and what was measured of it."""
@@ -234,12 +253,12 @@ class Fitter:
             if left:
                 choice = self._refit(choice, batches, live)
             adapted = Adapted(_adapters(choice), processes=self._processes)
-            (measured,) = self._measured([adapted], self._held_back)
+            (measured,) = self._divergences([adapted], self._held_back)
             adapted.assume({site: c.live for site, c in choice.items()})
             miss = sum(map(adapted.flops, choice)) / wanted - 1
             left -= 1
             if left <= 0 or abs(miss) <= TOLERANCE or not live:
-                return Fitted(choice, adapted, measured.divergence)
+                return Fitted(choice, adapted, measured)
             live = {site: tuple(n / (1 + miss) for n in each) for site, each in live.items()}
 
     def _refit(self, choice: Choice, batches: Sequence[Batch], live: Mapping[Site, Sequence[float]]) -> Choice:
@@ -251,24 +270,18 @@ class Fitter:
             self._bar.step()
         return {site: _scaled(c, refitting.scale.get(site, ())) for site, c in choice.items()}
 
-    def _measured(self, handlers: Sequence[Handler], batches: Sequence[Batch], text: bool = False) -> list[Measured]:
-        """Each handler's outputs against the dense model's; the loss on the batches' own ``text`` if asked for."""
-        apart, increases, rows, labels = [0.0] * len(handlers), [0.0] * len(handlers), 0, 0
+    def _divergences(self, handlers: Sequence[Handler], batches: Sequence[Batch]) -> list[float]:
+        """Divergence from the dense model with each handler, in nats per row."""
+        totals, rows = [0.0] * len(handlers), 0
         for batch in one_by_one(batches):
             self._bar.say("measuring on held-back batches")
             dense = main_output(self._run(dense_handler, batch))
-            tokens = next_tokens(batch, dense) if text else None
             for i, handler in enumerate(handlers):
-                adapted = main_output(self._run(handler, batch))
-                apart[i] += divergence(dense, adapted) * rows_of(batch)
-                if tokens is not None:
-                    increases[i] += loss_increase(dense, adapted, tokens)
+                totals[i] += divergence(dense, main_output(self._run(handler, batch))) * rows_of(batch)
             rows += rows_of(batch)
-            labels += 0 if tokens is None else int((tokens != NO_LABEL).sum())
             self._bar.step()
-        seen, known, *sums = self._processes.total(rows, labels, *apart, *increases)
-        pairs = zip(sums[: len(handlers)], sums[len(handlers) :], strict=True)
-        return [Measured(a / max(seen, 1), b / max(known, 1), int(known)) for a, b in pairs]
+        *totals, seen = self._processes.total(*totals, rows)
+        return [total / max(seen, 1) for total in totals]
 
     def _weights(self, fitted: Fitted) -> Measure:
         """Prices as measured: each kind of adapter alone against what was predicted for it, and all together."""
@@ -277,7 +290,7 @@ class Fitter:
             if c.family != "dense":
                 kinds[kind_of(site, c)][site] = c
         handlers = [Adapted(_adapters(alone)) for alone in kinds.values()]
-        measured = [m.divergence for m in self._measured(handlers, thinned(self._held_back, CHECK_TOKENS))]
+        measured = self._divergences(handlers, thinned(self._held_back, CHECK_TOKENS))
         predicted = [sum(c.option.price for c in alone.values()) for alone in kinds.values()]
         ratio = {k: m / p if p > 0 < m else 1.0 for k, m, p in zip(kinds, measured, predicted, strict=True)}
         together = fitted.divergence / max(sum(measured), 1e-12) if len(kinds) > 1 else 1.0

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from rana_compile.types import ConfigError, RanaError
 
 AT_ONCE = 1 << 22  # logits of which copies are made
-NO_LABEL = -100  # what cross entropy leaves out
+NO_LABEL = -100
+TEXT = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "cache_position", "labels", "use_cache"}
 
 
 def differentiate(output: Any, generator: torch.Generator) -> None:
@@ -70,43 +70,55 @@ def main_output(output: Any) -> Tensor:
 
 def divergence(dense: Tensor, adapted: Tensor) -> float:
     """Mean KL(dense ‖ adapted) in nats per row over the last dimension's distributions."""
-    sums = []
-    for p, q in _in_parts(dense, adapted):
-        p, q = p.log_softmax(-1), q.log_softmax(-1)
-        sums.append((p.exp() * (p - q)).sum())
+    sums = [_divergence(p, q) for p, q in _in_parts(dense, adapted)]
     return float(torch.stack(sums).cpu().double().sum() / (dense.numel() // dense.shape[-1]))
 
 
-def loss_increase(dense: Tensor, adapted: Tensor, labels: Tensor) -> float:
-    """Of the negative log-likelihood of labels [...], from logits [..., vocabulary], in nats, summed over labels."""
-    sums = []
+def distances_on(labels: Tensor, dense: Tensor, adapted: Tensor) -> tuple[float, float]:
+    """KL(dense ‖ adapted), and the increase of the labels' negative log-likelihood: in nats, summed over the labels.
+
+    Args:
+        labels: [...]; rows without one have ``NO_LABEL`` and do not count.
+        dense, adapted: logits [..., vocabulary].
+    """
+    sums = [torch.zeros(2, device=dense.device)]
     each = labels.flatten().split(_rows_at_once(dense))
     for (p, q), label in zip(_in_parts(dense, adapted), each, strict=True):
-        before, after = (cross_entropy(z, label, ignore_index=NO_LABEL, reduction="none") for z in (p, q))
-        sums.append((after - before).sum())
-    return float(torch.stack(sums).cpu().double().sum())
+        known = label != NO_LABEL
+        p, q, label = p[known], q[known], label[known][:, None]
+        sums.append(torch.stack([_divergence(p, q), (p - q).gather(-1, label).sum()]))
+    apart, increase = torch.stack(sums).cpu().double().sum(0).tolist()
+    return apart, increase
 
 
 def next_tokens(batch: Mapping[str, Any], logits: Tensor) -> Tensor | None:
     """The text's own tokens that a causal language model's logits [batch, length, vocabulary] are of: [batch, length].
 
-    ``NO_LABEL`` after the last token, and where ``attention_mask`` says padding. None where the batch has no
-    ``input_ids`` of the logits' length.
+    ``NO_LABEL`` after the last token, where ``attention_mask`` says padding, and for tokens that have no logit. None
+    where the batch is not of text alone, or its logits are not one for each of its tokens.
     """
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    if not isinstance(ids, Tensor) or ids.shape != logits.shape[:-1]:
+    if not isinstance(ids, Tensor) or ids.shape != logits.shape[:-1] or not TEXT.issuperset(batch):
         return None
-    labels = ids.roll(-1, -1)
+    labels = ids.roll(-1, -1).to(logits.device, torch.long)
     labels[..., -1] = NO_LABEL
-    if isinstance(mask, Tensor) and mask.shape == ids.shape:
-        labels[(mask == 0) | (mask.roll(-1, -1) == 0)] = NO_LABEL
+    if isinstance(mask, Tensor):
+        if mask.shape != ids.shape:
+            return None
+        labels[((mask == 0) | (mask.roll(-1, -1) == 0)).to(labels.device)] = NO_LABEL
+    labels[(labels < 0) | (labels >= logits.shape[-1])] = NO_LABEL
     return labels
 
 
-def predicts_next_tokens(model: Any) -> bool:
-    """Whether it is a causal language model, as transformers has them."""
+def writes_text(model: Any) -> bool:
+    """Whether transformers would have it generate text from its inputs alone; not yet that it is causal."""
     generates = getattr(model, "can_generate", lambda: False)()
     return bool(generates) and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
+def _divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Summed over rows of log-probabilities."""
+    return (p.exp() * (p - q)).sum()
 
 
 def _rows_at_once(logits: Tensor) -> int:
@@ -114,7 +126,7 @@ def _rows_at_once(logits: Tensor) -> int:
 
 
 def _in_parts(dense: Tensor, adapted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both as float32 [rows, vocabulary], some rows at once."""
+    """The log-probabilities of both, float32 [rows, vocabulary], some rows at once."""
     parts = (t.reshape(-1, t.shape[-1]).split(_rows_at_once(t)) for t in (dense, adapted))
     for p, q in zip(*parts, strict=True):
-        yield p.float(), q.float()
+        yield p.float().log_softmax(-1), q.float().log_softmax(-1)

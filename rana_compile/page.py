@@ -114,8 +114,8 @@ def _section(title: str, text: str, body: str) -> str:
 
 
 def _tiles(plan: "Plan") -> str:
-    apart = plan.info.get("divergence"), plan.loss_increase
-    told = [f"{nats:.4f}" if isinstance(nats, float) else "not measured" for nats in apart]
+    quality = plan.info.get("divergence"), plan.loss_increase
+    told = [f"{nats:.4f}" if isinstance(nats, float) else "not measured" for nats in quality]
     tiles = {
         "asked": f"{plan.flops_asked:.1%}",
         "realised": f"{plan.flops_kept:.1%}",

@@ -106,9 +106,11 @@ class Plan:
 
     @property
     def loss_increase(self) -> float | None:
-        """Predicted for the next tokens of text like that calibrated on, nats per token; measured on held-back batches.
+        """Predicted for the next tokens of text like that calibrated on, nats per token; from held-back batches.
 
-        None unless it was a causal language model of transformers, calibrated on token ids.
+        It is not the divergence, which ``max_loss_increase`` limits: the text's own words may suit the adapted model
+        better or worse than words that the dense model would write. None unless ``calibrate`` or ``refit`` fitted a
+        causal language model of transformers on token ids, and in plans of earlier versions.
         """
         return self.info.get("loss_increase")
 

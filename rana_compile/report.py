@@ -15,9 +15,9 @@ def plan_text(plan: "Plan") -> str:
     """The plan as a table per site, the totals, and what was skipped and why."""
     columns = ("site", "family", "rank", "mean live", "FLOPs kept", "error")
     title = f"rana_compile plan ({plan.info.get('recipe', '?')})"
-    quality = (("loss increase", plan.loss_increase), ("divergence", plan.info.get("divergence")))
+    quality = (("predicted loss increase", plan.loss_increase), ("divergence", plan.info.get("divergence")))
     told = ", ".join(f"{name} {nats:.4f}" for name, nats in quality if nats is not None)
-    lines = [totals(plan), *([f"predicted, nats per token: {told}"] if told else [])]
+    lines = [totals(plan), *([f"on held-back batches, nats per token: {told}"] if told else [])]
     lines += [f"never on: {s.site.name}, whose mask let nothing through" for s in plan.dead]
     return table_text(title, columns, ("site", "family"), map(site_cells, plan.sites), "\n".join(lines), plan.skipped)
 

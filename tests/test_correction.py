@@ -1,6 +1,8 @@
 """Budgets of every unit, one recording for many fits, and prices re-weighed by what was measured."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ from torch import Tensor, nn
 
 import rana_compile
 from rana_compile import ConfigError, Plan, correction
+from rana_compile.adapters import FAMILIES
 from rana_compile.calibration import calibration
 from rana_compile.correction import Target, thinned
 from rana_compile.fitting import Evidence, neuron_at
 from rana_compile.flops import bytes_read, dense_flops
+from rana_compile.plan import SitePlan
 from rana_compile.recipes import Choice, Mlp
 
 
@@ -112,30 +116,53 @@ def test_thinned_batches_are_spread_evenly() -> None:
         assert [places[id(b)] for b in thinned(batches, limit)] == kept
 
 
-def increase_and_divergence(
-    model: nn.Module, plan: Plan, held_back: Sequence[dict[str, Tensor]]
-) -> tuple[float, float]:
-    """Of the batches' own next tokens, and from the dense model: measured anew, by another way."""
+def with_thresholds_times(plan: Plan, factor: float) -> Plan:
+    def scaled(entry: SitePlan) -> SitePlan:
+        tensors = entry.tensors
+        for i in range(len(entry.live)):
+            tensors = FAMILIES[entry.family].scaled(tensors, i, factor)
+        return replace(entry, tensors=tensors)
+
+    return replace(plan, sites=tuple(scaled(entry) if entry.live else entry for entry in plan.sites))
+
+
+def measured(model: nn.Module, plan: Plan, held_back: Sequence[dict[str, Tensor]]) -> tuple[float, float]:
+    """Increase of the loss of the batches' own next tokens, and divergence there: by another way."""
+    rises, apart = [], []
     with rana_compile.adapted(model, plan) as run, torch.no_grad():
-        apart = [[m(**batch).logits[0].double().log_softmax(-1) for m in (model, run)] for batch in held_back]
-        labels = [batch["input_ids"][0, 1:, None] for batch in held_back]
-    rises = [(p - q)[:-1].gather(1, y).mean() for (p, q), y in zip(apart, labels, strict=True)]
-    return float(sum(rises)) / len(rises), float(sum((p.exp() * (p - q)).sum(-1).mean() for p, q in apart)) / len(apart)
+        for batch in held_back:
+            p, q = (m(**batch).logits[:, :-1].double().log_softmax(-1) for m in (model, run))
+            ids, mask = batch["input_ids"], batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+            text = (mask[:, 1:] * mask[:, :-1]).bool()
+            rises.append((p - q)[text].gather(1, ids[:, 1:][text][:, None]))
+            apart.append((p.exp() * (p - q)).sum(-1)[text])
+    return float(torch.cat(rises).mean()), float(torch.cat(apart).mean())
+
+
+def padded(batches: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """In pairs, the second of each behind ever more padding."""
+    pairs = [torch.cat(batches[i : i + 2]).int() for i in range(0, len(batches), 2)]
+    masks = [torch.ones_like(pair) for pair in pairs]
+    for i, mask in enumerate(masks):
+        mask[1, : i + 1] = 0
+    return [{"input_ids": pair, "attention_mask": mask} for pair, mask in zip(pairs, masks, strict=True)]
 
 
 @pytest.mark.parametrize("spread", [1e6, 1e-9])
+@pytest.mark.parametrize("data", [tokens(8), padded(tokens(16))], ids=["text", "padded pairs of int32"])
 def test_the_predicted_loss_increase_is_what_was_measured_as_far_as_that_tells(
-    model: nn.Module, spread: float, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, data: Any, spread: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The measured one where nothing else is known of it, the divergence where nothing is measured."""
-    monkeypatch.setattr(correction, "STRONGER", 1.0)
+    """The divergence, times the measured ratio where nothing else is known of it, times 1 where nothing is measured."""
     monkeypatch.setattr(correction, "SPREAD", spread)
-    with calibration(model, tokens(8), progress=False) as session:
+    with calibration(model, data, progress=False) as session:
         plan = session.fit(Target("flops", 0.6))
-        increase, apart = increase_and_divergence(model, plan, session.held_back)
-    assert abs(increase - apart) > 0.01 * apart
-    assert plan.loss_increase == pytest.approx(increase if spread > 1 else apart, rel=1e-3)
-    assert f"predicted, nats per token: loss increase {plan.loss_increase:.4f}, divergence" in str(plan)
+        higher = with_thresholds_times(plan, correction.HIGHER)
+        (one, apart), (other, further) = (measured(model, each, session.held_back) for each in (plan, higher))
+    ratio = (one + other) / (apart + further)
+    assert abs(ratio - 1) > 0.01
+    assert plan.loss_increase == pytest.approx(apart * (ratio if spread > 1 else 1), rel=2e-3)
+    assert f"nats per token: predicted loss increase {plan.loss_increase:.4f}, divergence" in str(plan)
 
 
 def test_few_tokens_move_the_predicted_loss_increase_less_than_many(
@@ -159,8 +186,23 @@ def test_a_plan_that_adapts_nothing_increases_no_loss(model: nn.Module) -> None:
     assert rana_compile.calibrate(model, tokens(4), 1.0, "neuron", progress=False).loss_increase == 0
 
 
-def test_where_no_next_tokens_are_predicted_no_loss_increase_is() -> None:
-    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
-    plan = rana_compile.calibrate(model, [{"input": torch.randn(64, 64)} for _ in range(4)], 0.6, progress=False)
+def both_ways() -> nn.Module:
+    """Transformers would have it generate, though it sees the next token."""
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes = {"vocab_size": 128, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
+    return BertLMHeadModel(BertConfig(num_hidden_layers=1, initializer_range=0.2, **sizes)).eval()
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        (lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), [{"input": torch.ones(64, 64)}] * 4),
+        (both_ways, tokens(4)),
+    ],
+    ids=["no text", "not causal"],
+)
+def test_where_no_next_tokens_are_predicted_no_loss_increase_is(model: Callable[[], nn.Module], data: Any) -> None:
+    plan = rana_compile.calibrate(model(), data, 0.6, progress=False)
     assert plan.loss_increase is None
-    assert "predicted, nats per token: divergence" in str(plan)
+    assert "on held-back batches, nats per token: divergence" in str(plan)

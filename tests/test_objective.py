@@ -8,7 +8,7 @@ from support import tiny_llama
 from torch import Tensor, nn
 
 from rana_compile import objective
-from rana_compile.objective import NO_LABEL, divergence, loss_increase, next_tokens, predicts_next_tokens
+from rana_compile.objective import NO_LABEL, distances_on, divergence, next_tokens, writes_text
 
 
 @pytest.fixture(params=[1, 24, 1 << 22], ids=["a row at once", "some rows", "all rows"])
@@ -22,22 +22,44 @@ def test_distances_are_those_of_the_formulas(parts: None, dtype: torch.dtype) ->
     labels = torch.randint(11, (2, 5))
     labels[0, 3] = labels[1, 4] = NO_LABEL
     p, q = (z.double().log_softmax(-1) for z in (dense, adapted))
-    assert divergence(dense, adapted) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
-    known = labels != NO_LABEL
+    each, known = (p.exp() * (p - q)).sum(-1), labels != NO_LABEL
+    assert divergence(dense, adapted) == pytest.approx(float(each.mean()), rel=1e-5)
     of_labels = (p - q)[known].gather(1, labels[known][:, None])
-    assert loss_increase(dense, adapted, labels) == pytest.approx(float(of_labels.sum()), rel=1e-4)
+    expected = pytest.approx((float(each[known].sum()), float(of_labels.sum())), rel=1e-4)
+    assert distances_on(labels, dense, adapted) == expected
 
 
-def test_next_tokens_are_those_that_follow_and_no_padding() -> None:
-    ids, logits = torch.tensor([[4, 5, 6, 0], [0, 7, 8, 9]]), torch.zeros(2, 4, 16)
+def test_rows_without_a_label_do_not_count(parts: None) -> None:
+    dense, adapted = (torch.randn(2, 5, 11) for _ in range(2))
+    assert distances_on(torch.full((2, 5), NO_LABEL), dense, adapted) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_next_tokens_are_those_that_follow_and_no_padding(dtype: torch.dtype) -> None:
+    ids, logits = torch.tensor([[4, 5, 6, 0], [0, 7, 8, 9]], dtype=dtype), torch.zeros(2, 4, 16)
     x = NO_LABEL
-    assert next_tokens({"input_ids": ids}, logits).tolist() == [[5, 6, 0, x], [7, 8, 9, x]]  # type: ignore[union-attr]
-    padded = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])}
-    assert next_tokens(padded, logits).tolist() == [[5, 6, x, x], [x, 8, 9, x]]  # type: ignore[union-attr]
+
+    def found(width: int = 16, **more: Tensor) -> Any:
+        labels = next_tokens({"input_ids": ids, **more}, logits[..., :width])
+        assert labels is not None and labels.dtype == torch.int64
+        return labels.tolist()
+
+    assert found() == [[5, 6, 0, x], [7, 8, 9, x]]
+    assert found(attention_mask=torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])) == [[5, 6, x, x], [x, 8, 9, x]]
+    assert found(width=8) == [[5, 6, 0, x], [7, x, x, x]]  # more tokens than logits
     assert ids.tolist() == [[4, 5, 6, 0], [0, 7, 8, 9]]
 
 
-@pytest.mark.parametrize("batch", [{"input": torch.zeros(2, 4)}, {"input_ids": torch.zeros(2, 5, dtype=torch.long)}])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"input": torch.zeros(2, 4)},
+        {"input_ids": torch.zeros(2, 5, dtype=torch.long)},
+        {"input_ids": torch.zeros(2, 4, dtype=torch.long), "pixel_values": torch.zeros(2, 3, 8, 8)},
+        {"input_ids": torch.zeros(2, 4, dtype=torch.long), "attention_mask": torch.ones(2, 1, 4, 4)},
+    ],
+    ids=["no tokens", "another length", "images", "a mask of pairs"],
+)
 def test_other_batches_have_no_next_tokens(batch: dict[str, Tensor]) -> None:
     assert next_tokens(batch, torch.zeros(2, 4, 16)) is None
 
@@ -51,6 +73,6 @@ def others() -> list[Any]:
     return [BertForMaskedLM(bert), T5ForConditionalGeneration(t5), nn.Linear(2, 2)]
 
 
-def test_only_causal_models_predict_next_tokens() -> None:
-    assert predicts_next_tokens(tiny_llama(1))
-    assert not any(map(predicts_next_tokens, others()))
+def test_what_transformers_lets_write_text_alone() -> None:
+    assert writes_text(tiny_llama(1))
+    assert not any(map(writes_text, others()))

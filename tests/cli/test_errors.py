@@ -169,7 +169,7 @@ def test_ctrl_c_while_it_starts_is_status_130_and_one_line(module: str) -> None:
 
 def test_ctrl_c_while_it_records_is_status_130_and_one_line(model_directory: Path, text: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rana_compile.cli", "calibrate", str(model_directory), "--text", str(text)]
-    size = ["--length", "32", "--tokens", "640", "--save-every", "0", "--quiet", "-o", str(tmp_path / "plan")]
+    size = ["--length", "32", "--tokens", "5600", "--save-every", "0", "--quiet", "-o", str(tmp_path / "plan")]
     with subprocess.Popen([*command, *size], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         while not (tmp_path / "plan.recording").exists():
             assert process.poll() is None
