@@ -112,7 +112,11 @@ def read(files: list[Path]) -> list[Row]:
     rows = []
     for path in files:
         with path.open(newline="", encoding="utf-8") as file:
-            rows += [Row(r.pop("method"), **{k: float(v) for k, v in r.items()}) for r in csv.DictReader(file)]
+            read_rows = list(csv.DictReader(file))
+        try:
+            rows += [Row(r.pop("method"), **{k: float(v) for k, v in r.items()}) for r in read_rows]
+        except (TypeError, KeyError) as error:
+            raise SystemExit(f"{path} is no quality.csv of this version ({error}); measure it again") from None
     return rows
 
 
