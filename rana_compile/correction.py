@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from rana_compile.adapters import FAMILIES, Tensors
 from rana_compile.data import Batch, rows_of
 from rana_compile.fitting import Candidate
 from rana_compile.learning import learn
 from rana_compile.memory import one_by_one
-from rana_compile.objective import NO_LABEL, distances_on, divergence, main_output, next_tokens
+from rana_compile.objective import NO_LABEL, distances, main_output, next_tokens
 from rana_compile.passes.interpret import Handler
 from rana_compile.passes.record import Adapted, dense_handler
 from rana_compile.processes import ALONE, Processes
@@ -37,6 +38,7 @@ TOLERANCE = 0.01  # relative miss of the chosen cost that is accepted without an
 HIGHER = 1.5  # times the thresholds, with which the loss rises by more than its noise does
 SPREAD = 0.3  # standard deviation, over models and texts, of the loss increase as a multiple of the divergence
 SAME = 1e-3  # relative difference of what is computed twice
+KEPT_BYTES = 1_000_000_000  # of the dense outputs, where the samples were before
 DEFAULT_SHARE = 0.6
 
 Unit = Literal["flops", "bytes", "loss"]
@@ -94,6 +96,15 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Text:
+    """What was measured on the held-back text's own next tokens: divergence and loss increase, in nats per token."""
+
+    tokens: int
+    divergence: float
+    increase: float
+
+
+@dataclass(frozen=True)
 class Fitted:
     """A choice with refitted thresholds, and what was measured of it on held-back batches, in nats per token.
 
@@ -103,6 +114,7 @@ class Fitted:
     choice: Choice
     adapted: Adapted
     divergence: float
+    text: Text
     loss_increase: float | None = None
 
 
@@ -125,6 +137,7 @@ class Fitter:
         self._processes, self._writes_text = processes, writes_text
         self._run, self._bar, self._held_back, self._refits = run, bar, held_back, refits
         self.everything = thinned([*fitting, *held_back], REFIT_TOKENS)
+        self._kept: dict[int, tuple[Tensor, torch.device]] = {}  # dense outputs and where they were, by the batch's id
 
     def search(self, problem: Problem, target: Target) -> Fitted:
         """The best plan found for the target. Raises ConfigError if none meets it."""
@@ -200,16 +213,17 @@ class Fitter:
         token's log-likelihood ratio, whose variance is twice the divergence). So what is measured is its ratio to the
         divergence, with thresholds as they are and with higher ones, and drawn towards 1 by as much as it is noise.
         """
-        if not self._writes_text or not self._is_causal():
+        if not fitted.text.tokens or not self._is_causal():
             return fitted
         self._bar.expect(len(self._held_back))
         higher = {site: _scaled(c, [HIGHER] * len(c.live)) for site, c in fitted.choice.items()}
-        apart, increases, labels = self._on_text([fitted.adapted, Adapted(_adapters(higher))])
-        if not labels or not all(map(math.isfinite, (*apart, *increases))):
+        ((_, further),) = self._measured([Adapted(_adapters(higher))], self._held_back)
+        apart, increases = zip(*((t.divergence, t.increase) for t in (fitted.text, further)), strict=True)
+        if not all(map(math.isfinite, (*apart, *increases))):
             return fitted
         if min(apart) <= 0:  # nothing is adapted
             return replace(fitted, loss_increase=max(apart[0], 0.0))
-        noise = sum(math.sqrt(2 * each / labels) for each in apart) / sum(apart)
+        noise = sum(math.sqrt(2 * each / further.tokens) for each in apart) / sum(apart)
         ratio = sum(increases) / sum(apart)
         expected = 1 + (ratio - 1) * SPREAD**2 / (SPREAD**2 + noise**2)
         log.info("loss increase over divergence: %.2f ± %.2f, taken as %.2f", ratio, noise, expected)
@@ -218,7 +232,7 @@ class Fitter:
     def _is_causal(self) -> bool:
         """Whether the second half of a text leaves the outputs of the first as they are, in all processes."""
         batch, same = self._held_back[0], True
-        first = main_output(self._run(dense_handler, batch))
+        first = self._dense(batch)
         if next_tokens(batch, first) is not None:
             ids, half = batch["input_ids"], first.shape[-2] // 2
             turned = torch.cat([ids[..., :half], ids[..., half:].flip(-1)], -1)
@@ -226,23 +240,6 @@ class Fitter:
             before, after = (z[..., :half, :].float() for z in (first, second))
             same = bool((after - before).norm() <= SAME * before.norm())
         return self._processes.total(float(same))[0] == self._processes.count
-
-    def _on_text(self, handlers: Sequence[Handler]) -> tuple[list[float], list[float], int]:
-        """Each handler's divergence and loss increase, in nats per next token of held-back text, and those tokens."""
-        sums, count = [[0.0, 0.0] for _ in handlers], 0
-        for batch in one_by_one(self._held_back):
-            self._bar.say("measuring on held-back batches")
-            dense = main_output(self._run(dense_handler, batch))
-            labels = next_tokens(batch, dense)
-            if labels is not None:
-                count += int((labels != NO_LABEL).sum())
-                for total, handler in zip(sums, handlers, strict=True):
-                    found = distances_on(labels, dense, main_output(self._run(handler, batch)))
-                    total[:] = (a + b for a, b in zip(total, found, strict=True))
-            self._bar.step()
-        known, *nats = self._processes.total(count, *(each for total in sums for each in total))
-        means = [each / max(known, 1) for each in nats]
-        return means[::2], means[1::2], int(known)
 
     def fitted(self, choice: Choice, batches: Sequence[Batch]) -> Fitted:
         """The choice with thresholds that realise its cost when all adapters are on, and what was measured of it."""
@@ -253,12 +250,12 @@ class Fitter:
             if left:
                 choice = self._refit(choice, batches, live)
             adapted = Adapted(_adapters(choice), processes=self._processes)
-            (measured,) = self._divergences([adapted], self._held_back)
+            (measured,) = self._measured([adapted], self._held_back)
             adapted.assume({site: c.live for site, c in choice.items()})
             miss = sum(map(adapted.flops, choice)) / wanted - 1
             left -= 1
             if left <= 0 or abs(miss) <= TOLERANCE or not live:
-                return Fitted(choice, adapted, measured)
+                return Fitted(choice, adapted, *measured)
             live = {site: tuple(n / (1 + miss) for n in each) for site, each in live.items()}
 
     def _refit(self, choice: Choice, batches: Sequence[Batch], live: Mapping[Site, Sequence[float]]) -> Choice:
@@ -270,18 +267,35 @@ class Fitter:
             self._bar.step()
         return {site: _scaled(c, refitting.scale.get(site, ())) for site, c in choice.items()}
 
-    def _divergences(self, handlers: Sequence[Handler], batches: Sequence[Batch]) -> list[float]:
-        """Divergence from the dense model with each handler, in nats per row."""
-        totals, rows = [0.0] * len(handlers), 0
+    def _measured(self, handlers: Sequence[Handler], batches: Sequence[Batch]) -> list[tuple[float, Text]]:
+        """With each handler: divergence from the dense model, in nats per row, and on these batches' text."""
+        sums, rows, tokens = [[0.0, 0.0, 0.0] for _ in handlers], 0, 0
         for batch in one_by_one(batches):
             self._bar.say("measuring on held-back batches")
-            dense = main_output(self._run(dense_handler, batch))
-            for i, handler in enumerate(handlers):
-                totals[i] += divergence(dense, main_output(self._run(handler, batch))) * rows_of(batch)
+            dense = self._dense(batch)
+            labels = next_tokens(batch, dense) if self._writes_text else None
+            for total, handler in zip(sums, handlers, strict=True):
+                mean, *others = distances(dense, main_output(self._run(handler, batch)), labels)
+                total[:] = (a + b for a, b in zip(total, (mean * rows_of(batch), *others), strict=True))
             rows += rows_of(batch)
+            tokens += 0 if labels is None else int((labels != NO_LABEL).sum())
             self._bar.step()
-        *totals, seen = self._processes.total(*totals, rows)
-        return [total / max(seen, 1) for total in totals]
+        seen, known, *nats = self._processes.total(rows, tokens, *(each for total in sums for each in total))
+        per_row, per_token = max(seen, 1), max(known, 1)
+        return [
+            (total / per_row, Text(int(known), apart / per_token, increase / per_token))
+            for total, apart, increase in zip(nats[::3], nats[1::3], nats[2::3], strict=True)
+        ]
+
+    def _dense(self, batch: Batch) -> Tensor:
+        """The dense model's output on a held-back batch: computed once, if the machine's memory has room for it."""
+        if id(batch) in self._kept:
+            kept, device = self._kept[id(batch)]
+            return kept.to(device)
+        output = main_output(self._run(dense_handler, batch)).detach()
+        if sum(kept.nbytes for kept, _ in self._kept.values()) + output.nbytes <= KEPT_BYTES:
+            self._kept[id(batch)] = output.cpu(), output.device
+        return output
 
     def _weights(self, fitted: Fitted) -> Measure:
         """Prices as measured: each kind of adapter alone against what was predicted for it, and all together."""
@@ -290,7 +304,7 @@ class Fitter:
             if c.family != "dense":
                 kinds[kind_of(site, c)][site] = c
         handlers = [Adapted(_adapters(alone)) for alone in kinds.values()]
-        measured = self._divergences(handlers, thinned(self._held_back, CHECK_TOKENS))
+        measured = [apart for apart, _ in self._measured(handlers, thinned(self._held_back, CHECK_TOKENS))]
         predicted = [sum(c.option.price for c in alone.values()) for alone in kinds.values()]
         ratio = {k: m / p if p > 0 < m else 1.0 for k, m, p in zip(kinds, measured, predicted, strict=True)}
         together = fitted.divergence / max(sum(measured), 1e-12) if len(kinds) > 1 else 1.0

@@ -48,8 +48,15 @@ def differentiate(output: Any, generator: torch.Generator) -> None:
 def _slope(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Of the negative log-likelihood of labels drawn from these logits [..., vocabulary], with respect to them."""
     slope = logits.reshape(-1, logits.shape[-1]).float().softmax(-1)
-    labels = torch.multinomial(slope.cpu(), 1, generator=generator).to(slope.device)
+    labels = _drawn(slope.cpu(), generator).to(slope.device)
     return slope.scatter_add_(1, labels, slope.new_full(labels.shape, -1.0)).view_as(logits).to(logits.dtype)
+
+
+def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """An index for each row of probabilities [rows, n]: [rows, 1]. ``torch.multinomial`` takes 13 times as long."""
+    upto = probabilities.cumsum(-1)
+    uniform = 1 - torch.rand(len(upto), 1, generator=generator)  # (0, 1]: what has no probability is never drawn
+    return torch.searchsorted(upto, uniform * upto[:, -1:])
 
 
 def _along_a_direction(value: Tensor, generator: torch.Generator) -> Tensor:
@@ -70,25 +77,30 @@ def main_output(output: Any) -> Tensor:
 
 def divergence(dense: Tensor, adapted: Tensor) -> float:
     """Mean KL(dense ‖ adapted) in nats per row over the last dimension's distributions."""
-    sums = [_divergence(p, q) for p, q in _in_parts(dense, adapted)]
-    return float(torch.stack(sums).cpu().double().sum() / (dense.numel() // dense.shape[-1]))
+    return distances(dense, adapted)[0]
 
 
-def distances_on(labels: Tensor, dense: Tensor, adapted: Tensor) -> tuple[float, float]:
-    """KL(dense ‖ adapted), and the increase of the labels' negative log-likelihood: in nats, summed over the labels.
+def distances(dense: Tensor, adapted: Tensor, labels: Tensor | None = None) -> tuple[float, float, float]:
+    """How far outputs are from the dense ones, in nats.
 
     Args:
-        labels: [...]; rows without one have ``NO_LABEL`` and do not count.
         dense, adapted: logits [..., vocabulary].
+        labels: [...]; rows without one have ``NO_LABEL``. By default none has.
+
+    Returns:
+        KL(dense ‖ adapted), mean over all rows; the same summed over rows with a label; and the increase of the labels'
+        negative log-likelihood, summed.
     """
-    sums = [torch.zeros(2, device=dense.device)]
-    each = labels.flatten().split(_rows_at_once(dense))
-    for (p, q), label in zip(_in_parts(dense, adapted), each, strict=True):
-        known = label != NO_LABEL
-        p, q, label = p[known], q[known], label[known][:, None]
-        sums.append(torch.stack([_divergence(p, q), (p - q).gather(-1, label).sum()]))
-    apart, increase = torch.stack(sums).cpu().double().sum(0).tolist()
-    return apart, increase
+    if labels is None:
+        labels = torch.full(dense.shape[:-1], NO_LABEL, device=dense.device)
+    sums = []
+    for (p, q), label in zip(_in_parts(dense, adapted), labels.flatten().split(_rows_at_once(dense)), strict=True):
+        known, ratio = label != NO_LABEL, p - q
+        apart = (p.exp() * ratio).sum(-1)
+        increase = ratio.gather(-1, label.clamp_min(0)[:, None])[:, 0]
+        sums.append(torch.stack([apart.sum(), apart[known].sum(), increase[known].sum()]))
+    total, on_labels, increases = torch.stack(sums).cpu().double().sum(0).tolist()
+    return total / (dense.numel() // dense.shape[-1]), on_labels, increases
 
 
 def next_tokens(batch: Mapping[str, Any], logits: Tensor) -> Tensor | None:
@@ -114,11 +126,6 @@ def writes_text(model: Any) -> bool:
     """Whether transformers would have it generate text from its inputs alone; not yet that it is causal."""
     generates = getattr(model, "can_generate", lambda: False)()
     return bool(generates) and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-
-
-def _divergence(p: Tensor, q: Tensor) -> Tensor:
-    """Summed over rows of log-probabilities."""
-    return (p.exp() * (p - q)).sum()
 
 
 def _rows_at_once(logits: Tensor) -> int:

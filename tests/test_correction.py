@@ -16,8 +16,10 @@ from rana_compile.calibration import calibration
 from rana_compile.correction import Target, thinned
 from rana_compile.fitting import Evidence, neuron_at
 from rana_compile.flops import bytes_read, dense_flops
+from rana_compile.passes.record import dense_handler
 from rana_compile.plan import SitePlan
 from rana_compile.recipes import Choice, Mlp
+from rana_compile.types import Site
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +176,28 @@ def test_few_tokens_move_the_predicted_loss_increase_less_than_many(
     told = [r for r in caplog.records if r.msg.startswith("loss increase over divergence")]
     pulled = [(taken - 1) / (ratio - 1) for ratio, _, taken in (r.args for r in told)]  # type: ignore[misc]
     assert 0 < pulled[0] < pulled[1] < 1
+
+
+@pytest.mark.parametrize("room", [0, 20_000, 1 << 30], ids=["none kept", "one kept", "all kept"])
+def test_dense_outputs_are_computed_once_where_there_is_room(
+    model: nn.Module, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the plan is the same."""
+    data = tokens(8)
+    dense: list[Site] = []
+    plain = rana_compile.calibrate(model, data, 0.6, progress=False)
+    monkeypatch.setattr(correction, "KEPT_BYTES", room)
+
+    def counted(site: Site, *rest: Any) -> Any:
+        dense.append(site)
+        return dense_handler(site, *rest)
+
+    monkeypatch.setattr(correction, "dense_handler", counted)
+    plan = rana_compile.calibrate(model, data, 0.6, progress=False)
+    assert plan.digest() == plain.digest() and plan.info == plain.info
+    passes = dense.count(dense[0])
+    once = len(data[3::4]) + 1  # the batch by which it is seen to be causal
+    assert passes == once if room > 1e6 else passes > once
 
 
 def test_a_refitted_plan_has_a_loss_increase_of_its_own(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from support import tiny_llama, tokens
 from torch import Tensor, nn
 
 import rana_compile
-from rana_compile import ConfigError, Plan, correction, learning
+from rana_compile import ConfigError, Plan, correction, learning, objective
 from rana_compile.adapters import Tensors
 from rana_compile.adapters.base import SOFTNESS, kept
 from rana_compile.kernels.reference import apply_threshold, is_dropped, without
@@ -165,7 +165,7 @@ def test_learning_brings_the_divergence_down_on_its_own_batches(
         handlers = [correction.Adapted(adapters), correction.Adapted(result[0])]
         with torch.no_grad():
             outputs = [[learning.main_output(run(h, b)) for b in batches] for h in (learning.dense_handler, *handlers)]
-        found.extend(sum(map(correction.divergence, outputs[0], each)) for each in outputs[1:])
+        found.extend(sum(map(objective.divergence, outputs[0], each)) for each in outputs[1:])
         return result
 
     monkeypatch.setattr(correction, "learn", learn)

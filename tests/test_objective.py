@@ -8,7 +8,7 @@ from support import tiny_llama
 from torch import Tensor, nn
 
 from rana_compile import objective
-from rana_compile.objective import NO_LABEL, distances_on, divergence, next_tokens, writes_text
+from rana_compile.objective import NO_LABEL, distances, divergence, next_tokens, writes_text
 
 
 @pytest.fixture(params=[1, 24, 1 << 22], ids=["a row at once", "some rows", "all rows"])
@@ -23,15 +23,32 @@ def test_distances_are_those_of_the_formulas(parts: None, dtype: torch.dtype) ->
     labels[0, 3] = labels[1, 4] = NO_LABEL
     p, q = (z.double().log_softmax(-1) for z in (dense, adapted))
     each, known = (p.exp() * (p - q)).sum(-1), labels != NO_LABEL
-    assert divergence(dense, adapted) == pytest.approx(float(each.mean()), rel=1e-5)
     of_labels = (p - q)[known].gather(1, labels[known][:, None])
-    expected = pytest.approx((float(each[known].sum()), float(of_labels.sum())), rel=1e-4)
-    assert distances_on(labels, dense, adapted) == expected
+    expected = float(each.mean()), float(each[known].sum()), float(of_labels.sum())
+    assert distances(dense, adapted, labels) == pytest.approx(expected, rel=1e-4)
 
 
 def test_rows_without_a_label_do_not_count(parts: None) -> None:
     dense, adapted = (torch.randn(2, 5, 11) for _ in range(2))
-    assert distances_on(torch.full((2, 5), NO_LABEL), dense, adapted) == (0, 0)
+    expected = divergence(dense, adapted), 0, 0
+    assert distances(dense, adapted, torch.full((2, 5), NO_LABEL)) == distances(dense, adapted) == expected
+
+
+def test_labels_are_drawn_as_often_as_is_likely_and_never_where_that_is_impossible() -> None:
+    likely = torch.tensor([0.0, 0.5, 0.0, 0.25, 0.25, 0.0])
+    drawn = objective._drawn(likely.expand(40_000, -1), torch.Generator().manual_seed(0))
+    assert drawn.shape == (40_000, 1)
+    share = drawn.flatten().bincount(minlength=6) / 40_000
+    assert torch.equal(share == 0, likely == 0)
+    torch.testing.assert_close(share, likely, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24], ids=["least", "greatest"])
+def test_at_both_ends_what_is_drawn_is_possible(uniform: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.full(size, uniform))
+    likely = torch.tensor([[0.0, 0.3, 0.0, 0.7 + 2**-23, 0.0], [0.0, 1e-30, 1e-30, 0.0, 0.0]])
+    drawn = objective._drawn(likely, torch.Generator())
+    assert (likely.gather(1, drawn) > 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
