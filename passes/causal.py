@@ -7,7 +7,6 @@ no mask.
 """
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import networkx as nx
@@ -16,8 +15,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rana_compile.passes.attend import SDPA, arguments
-from rana_compile.passes.match import digraph_of, is_in_place
+from rana_compile.passes.attend import SDPA, arguments, is_written_to
+from rana_compile.passes.match import digraph_of
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ class _Deterministic(TorchDispatchMode):
 def _constant(gm: fx.GraphModule, node: fx.Node) -> Tensor | None:
     """The node's value if it follows from no input, and nothing writes to it or what it is made of."""
     needed = nx.ancestors(digraph_of(gm.graph), node) | {node}
-    if any(n.op not in ("call_function", "call_method") for n in needed) or _is_written_to(gm.graph, needed):
+    if any(n.op not in ("call_function", "call_method") for n in needed) or is_written_to(gm.graph, needed):
         return None
     interpreter = fx.Interpreter(gm)
     try:
@@ -82,15 +81,3 @@ def _constant(gm: fx.GraphModule, node: fx.Node) -> Tensor | None:
         log.debug("the attention mask %s stays as it is: %s", node.name, error)
         return None
     return interpreter.env[node]
-
-
-def _is_written_to(graph: fx.Graph, nodes: Iterable[fx.Node]) -> bool:
-    """Whether an in-place operation writes to one of the nodes, or to what may be a view of one."""
-    reached = set(nodes)
-    for node in graph.nodes:
-        written = [*node.args[:1], node.kwargs.get("out"), node.kwargs.get("input")]
-        if is_in_place(node) and any(n in reached for n in written if isinstance(n, fx.Node)):
-            return True
-        if node.target is not SDPA and not reached.isdisjoint(node.all_input_nodes):
-            reached.add(node)
-    return False

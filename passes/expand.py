@@ -47,7 +47,7 @@ def expand(gm: fx.GraphModule) -> fx.GraphModule:
     for node in fused:
         target = env[node]
         with copy.graph.inserting_before(target):
-            result = _EXPANSIONS[node.target][1](_Emitter(copy.graph, target), target)
+            result = _EXPANSIONS[node.target][1](Emitter(copy.graph, target), target)
         if isinstance(result, fx.Node):
             target.replace_all_uses_with(result)
         else:
@@ -61,7 +61,7 @@ def expand(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-class _Emitter:
+class Emitter:
     """Adds calls to a graph, each with the fake value that Dynamo would have given it."""
 
     def __init__(self, graph: fx.Graph, origin: fx.Node) -> None:
@@ -78,7 +78,7 @@ class _Emitter:
 
 
 def _attention(
-    emit: _Emitter, projected: fx.Node, heads: int, batch_first: bool, mask: fx.Node | None, need_weights: bool
+    emit: Emitter, projected: fx.Node, heads: int, batch_first: bool, mask: fx.Node | None, need_weights: bool
 ) -> tuple[fx.Node, fx.Node | None]:
     """([B, L, d] or [L, B, d], weights [B, heads, L, L] or None) of q, k and v side by side in ``projected``."""
     width = projected.meta["example_value"].shape[-1] // (3 * heads)
@@ -96,7 +96,7 @@ def _attention(
     return emit(torch.flatten, emit(torch.permute, mixed, back), 2), weights
 
 
-def _bias_of(emit: _Emitter, mask: fx.Node | None, like: fx.Node) -> fx.Node | None:
+def _bias_of(emit: Emitter, mask: fx.Node | None, like: fx.Node) -> fx.Node | None:
     """A mask (True or -inf: not attended) as numbers to add to the scores."""
     if mask is None or mask.meta["example_value"].is_floating_point():
         return mask
@@ -119,7 +119,7 @@ def _attention_arguments(node: fx.Node) -> dict[str, Any]:
     return _MHA_DEFAULTS | dict(zip(_MHA_NAMES, node.args, strict=False)) | dict(node.kwargs)
 
 
-def _expand_attention(emit: _Emitter, node: fx.Node) -> Sequence[fx.Node | None]:
+def _expand_attention(emit: Emitter, node: fx.Node) -> Sequence[fx.Node | None]:
     a = _attention_arguments(node)
     projected = emit(F.linear, a["query"], a["in_proj_weight"], a["in_proj_bias"])
     mask = _bias_of(emit, a["attn_mask"], projected)
@@ -134,7 +134,7 @@ def _is_plain_layer(node: fx.Node) -> bool:
     return not node.kwargs and node.args[0].meta["example_value"].dim() == 3 and node.args[18:20] in ((), (None, None))  # type: ignore[union-attr]
 
 
-def _expand_layer(emit: _Emitter, node: fx.Node) -> fx.Node:
+def _expand_layer(emit: Emitter, node: fx.Node) -> fx.Node:
     x, width, heads, w_in, b_in, w_out, b_out, use_gelu, norm_first, eps = node.args[:10]
     g1, c1, g2, c2, w1, b1, w2, b2 = node.args[10:18]
 
@@ -157,7 +157,7 @@ def _expand_layer(emit: _Emitter, node: fx.Node) -> fx.Node:
     return norm(emit(torch.add, x, feed(x)), g2, c2)
 
 
-_EXPANSIONS: dict[Any, tuple[Callable[[fx.Node], bool], Callable[[_Emitter, fx.Node], Any]]] = {
+_EXPANSIONS: dict[Any, tuple[Callable[[fx.Node], bool], Callable[[Emitter, fx.Node], Any]]] = {
     torch._transformer_encoder_layer_fwd: (_is_plain_layer, _expand_layer),
     F.multi_head_attention_forward: (_is_plain_attention, _expand_attention),
 }

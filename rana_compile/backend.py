@@ -12,7 +12,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from rana_compile.binding import Bound, Stamp, bind, stamp
 from rana_compile.config import BackendOptions
 from rana_compile.kernels import ops
-from rana_compile.passes.attend import lower_single_queries, share_repeated_heads
+from rana_compile.passes.attend import lower_single_queries, share_masks, share_repeated_heads
 from rana_compile.passes.causal import lower_causal_masks
 from rana_compile.passes.expand import expand
 from rana_compile.passes.find import bind_sites
@@ -106,6 +106,7 @@ def adapt_graph(
     lower_causal_masks(adapted)
     if lowerings and not torch.is_grad_enabled():
         share_repeated_heads(adapted)
+        share_masks(adapted)
     _trace(adapted)
     return adapted, refresh
 

@@ -14,7 +14,14 @@ from rana_compile import backend
 from rana_compile.backend import adapt_graph
 from rana_compile.config import BackendOptions
 from rana_compile.passes import attend
-from rana_compile.passes.attend import arguments, lower_single_queries, share_repeated_heads, single_query_attention
+from rana_compile.passes.attend import (
+    arguments,
+    as_numbers,
+    lower_single_queries,
+    share_masks,
+    share_repeated_heads,
+    single_query_attention,
+)
 from rana_compile.types import Site
 
 
@@ -328,3 +335,98 @@ def test_a_model_of_grouped_queries_gives_what_it_gave(
     with torch.no_grad():
         torch.testing.assert_close(fast(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert shared == [2] * len(shared) and shared
+
+
+class Stacked(nn.Module):
+    """Layers that share a mask [1, 1, queries, keys], whatever else they do."""
+
+    def __init__(self, layers: int = 3, write: str = "nothing", cast: bool = False) -> None:
+        super().__init__()
+        self.layers, self.write, self.cast = layers, write, cast
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        seen = mask & mask.any()
+        for _ in range(self.layers):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.cast):
+                q = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            if self.write == "the mask":
+                seen.logical_not_()
+            elif self.write == "a view of it":
+                seen[..., 3:].fill_(True)
+            elif self.write == "what it is made of":
+                mask[..., 0] = True
+            elif self.write == "something else":
+                q[..., 0] = 1
+        return q
+
+
+def seen_by(queries: int = 7, keys: int = 40) -> Tensor:
+    mask = torch.rand(1, 1, queries, keys, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[..., 2, :] = False  # this query sees nothing
+    return mask
+
+
+@pytest.mark.parametrize(("keys", "stride"), [(40, 40), (37, 40), (1, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_say_what_the_mask_does_in_aligned_rows(dtype: torch.dtype, keys: int, stride: int) -> None:
+    mask = seen_by(keys=keys)
+    found = as_numbers(mask, dtype)
+    assert found.dtype == dtype and found.stride()[-2:] == (stride, 1)
+    assert torch.equal(found, torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("write", ["nothing", "something else"])
+def test_a_mask_that_calls_share_becomes_numbers_once(dynamic: bool, write: str) -> None:
+    given = *inputs(torch.float32, 6, queries=7), seen_by()
+    graphs = []
+
+    def compiler(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        graphs.append((gm, share_masks(gm), share_masks(gm)))
+        return gm
+
+    module = Stacked(write=write)
+    with torch.no_grad():
+        found = torch.compile(module, backend=compiler, dynamic=dynamic)(*given)
+    ((gm, first, second),) = graphs
+    assert (first, second) == (1, 0)
+    masks = {arguments(node)["attn_mask"] for node in gm.graph.nodes if node.target is attend.SDPA}
+    assert [mask.target for mask in masks] == [as_numbers]
+    torch.testing.assert_close(found, module(*given), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Stacked(layers=1),
+        *[Stacked(write=what) for what in ("the mask", "a view of it", "what it is made of")],
+        Stacked(cast=True),
+    ],
+    ids=["one call", "written", "a view written", "its origin written", "autocast"],
+)
+def test_other_masks_stay_what_they_are(module: nn.Module) -> None:
+    given = *inputs(torch.float32, 6, queries=7), seen_by()
+    gm = graph_of(module, *given)
+    assert share_masks(gm) == 0
+    assert as_numbers not in {node.target for node in gm.graph.nodes}
+
+
+def test_numbers_stay_what_they_are() -> None:
+    class Numbers(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+            for _ in range(2):
+                q = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return q
+
+    given = inputs(torch.float32, 6, queries=7)
+    assert share_masks(graph_of(Numbers(), *given, as_numbers(seen_by(), torch.float32))) == 0
+
+
+def test_masks_are_shared_only_where_the_same_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(given: dict[str, Any]) -> SDPBackend:
+        is_bool = given["attn_mask"].meta["example_value"].dtype == torch.bool
+        return SDPBackend.CUDNN_ATTENTION if is_bool else SDPBackend.MATH
+
+    monkeypatch.setattr(attend, "chosen_kernel", kernel)
+    gm = graph_of(Stacked(), *inputs(torch.float32, 6, queries=7), seen_by())
+    assert share_masks(gm) == 0
