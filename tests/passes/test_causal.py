@@ -120,6 +120,82 @@ def test_others_are_left_alone(module: nn.Module) -> None:
     torch.testing.assert_close(found, module(q))
 
 
+def positions(q: Tensor) -> Tensor:
+    """As transformers has them, without gaps."""
+    return (steps(q) + 0).unsqueeze(0).expand(q.shape[0], -1)
+
+
+def unpacked(q: Tensor) -> Tensor:
+    """Of one sequence each, as transformers finds out from positions."""
+    at = positions(q)
+    part = (torch.diff(at, prepend=at[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    sequence = torch.arange(q.shape[0])[:, None, None, None]
+    rows, cols = steps(q)[None, None, :, None], steps(q)[None, None, None]
+    same = part[sequence, rows] == part[sequence, cols]
+    return rows.new_ones((), dtype=torch.bool) & (cols <= rows) & same
+
+
+def in_prefix(q: Tensor, size: int) -> Tensor:
+    return written_out(q) | (steps(q) < size)
+
+
+def by_sequence(q: Tensor) -> Tensor:
+    return written_out(q) & (torch.arange(q.shape[0])[:, None, None, None] < 5)
+
+
+def in_chunks(q: Tensor) -> Tensor:
+    return written_out(q) & (steps(q) // 100 == steps(q)[:, None] // 100)
+
+
+@pytest.mark.parametrize(
+    ("mask", "count"),
+    [
+        (written_out, 1),
+        (unpacked, 1),
+        (lambda q: unpacked(q).expand(q.shape[0], -1, q.shape[2], q.shape[2]), 1),
+        (lambda q: window(q, 5), 0),
+        (lambda q: window(q, 30), 0),
+        (lambda q: window(q, 20_000), 0),
+        (lambda q: in_prefix(q, 3), 0),
+        (lambda q: in_prefix(q, 0), 1),
+        (lambda q: steps(q) <= steps(q)[:, None] + 1, 0),
+        (lambda q: written_out(q) & (steps(q) < 140.5), 0),
+        (lambda q: written_out(q) & (steps(q) < float("inf")), 0),
+        (by_sequence, 0),
+        (in_chunks, 0),
+        (lambda q: written_out(q) & (q[:1, :1, :, :1] < 100), 0),
+        (lambda q: written_out(q) & (steps(q).to(torch.int8) > -1), 0),
+    ],
+    ids=[
+        *("written out", "one sequence", "of each sequence", "a window", "a longer window", "one that is not tried"),
+        *(
+            "a prefix",
+            "an empty prefix",
+            "one further",
+            "the end",
+            "no end",
+            "another sequence",
+            "chunks",
+            "input",
+            "few bits",
+        ),
+    ],
+)
+def test_with_symbolic_sizes_a_mask_is_causal_if_it_is_for_all(mask: Callable[[Tensor], Tensor], count: int) -> None:
+    found = []
+
+    def compiler(gm: torch.fx.GraphModule, example_inputs: list[Tensor]) -> torch.fx.GraphModule:
+        found.append(lower_causal_masks(gm))
+        return gm
+
+    module = Attend(mask)
+    compiled = torch.compile(module, backend=compiler, dynamic=True)
+    for shape in [(2, 3, N, 16), (3, 3, 37, 16), (7, 3, 150, 16)]:
+        q = torch.randn(shape)
+        torch.testing.assert_close(compiled(q), module(q))
+    assert found == [count]
+
+
 def test_a_mask_for_more_sequences_than_queries_is_left_alone() -> None:
     class More(nn.Module):
         def forward(self, q: Tensor, k: Tensor) -> Tensor:
@@ -161,9 +237,25 @@ def test_more_keys_than_queries_are_left_alone() -> None:
 def test_a_prompt_gives_what_it_gave(dynamic: bool) -> None:
     model = tiny_llama()
     plan = rana_compile.calibrate(model, tokens(4), 0.6, "neuron", progress=False)
-    (ids,) = tokens(1, length=24, seed=3)
-    with torch.no_grad(), rana_compile.adapted(model, plan) as run:
-        expected = run(input_ids=ids).logits
     fast = torch.compile(model, backend="rana", dynamic=dynamic, options={"plan": plan})
     with torch.no_grad():
-        torch.testing.assert_close(fast(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+        for count, length in [(1, 24), (1, 41)] if dynamic else [(1, 24)]:
+            ids = torch.cat(tokens(count, length=length, seed=3))
+            with rana_compile.adapted(model, plan) as run:
+                expected = run(input_ids=ids).logits
+            torch.testing.assert_close(fast(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_transformers_mask_of_a_symbolic_length_is_recognised(count: int) -> None:
+    found = []
+
+    def compiler(gm: torch.fx.GraphModule, example_inputs: list[Tensor]) -> torch.fx.GraphModule:
+        found.append(lower_causal_masks(gm))
+        return gm
+
+    model = tiny_llama(2)
+    ids = torch.cat(tokens(count, length=24))
+    with torch.no_grad():
+        torch.compile(model, backend=compiler, dynamic=True)(input_ids=ids, use_cache=False)
+    assert found == [2]
