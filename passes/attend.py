@@ -17,22 +17,19 @@ And of calls that share a mask of truths, which each of them would make numbers 
 """
 
 import operator
-from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any, cast
 
-import networkx as nx
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention import SDPBackend
 
 from rana_compile.kernels.ops import DTYPES, MOST_DECODED
 from rana_compile.passes.expand import Emitter
-from rana_compile.passes.match import digraph_of, is_in_place
+from rana_compile.passes.match import is_written, writes_to, written_memory
 
 GROUPING = {"cuda"}  # devices that are looked at
 ALIGNED = 8  # elements, of masks that attention on CUDA takes as they are
@@ -106,7 +103,7 @@ def share_repeated_heads(gm: fx.GraphModule) -> int:
     if any(getattr(n.target, "__name__", "").startswith("_sdpa_kernel") for n in nodes):  # the graph says which kernel
         return 0
     place = {node: i for i, node in enumerate(nodes)}
-    writes = [place[node] for node in nodes if _may_write(node)]
+    writes = [place[node] for node in nodes if writes_to(node)]
     found = 0
     for node in nodes:
         if node.op != "call_function" or node.target is not SDPA:
@@ -139,13 +136,16 @@ def share_masks(gm: fx.GraphModule) -> int:
             if isinstance(mask, fx.Node) and mask.meta["example_value"].dtype == torch.bool and not wrapped:
                 calls.setdefault((mask, dtype), []).append(node)
     found = 0
-    for (mask, dtype), users in calls.items():
-        if len(users) < 2 or is_written_to(gm.graph, nx.ancestors(digraph_of(gm.graph), mask) | {mask}):
+    shared = {key: users for key, users in calls.items() if len(users) > 1}
+    written = written_memory(gm.graph) if shared else set()
+    for (mask, dtype), users in shared.items():
+        if is_written([mask], written):
             continue
         with gm.graph.inserting_before(users[0]):
             numbers = Emitter(gm.graph, users[0])(as_numbers, mask, dtype)
         changed = {node: arguments(node) | {"attn_mask": numbers} for node in users}
-        if all(chosen_kernel(arguments(node)) == chosen_kernel(new) for node, new in changed.items()):
+        kernels = [(chosen_kernel(arguments(node)), chosen_kernel(new)) for node, new in changed.items()]
+        if all(before == after != SDPBackend.ERROR for before, after in kernels):
             for node, new in changed.items():
                 node.args, node.kwargs = (), new
             found += 1
@@ -164,23 +164,6 @@ def as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
     n = mask.shape[-1]
     wide = mask.new_zeros((*mask.shape[:-1], (n + ALIGNED - 1) // ALIGNED * ALIGNED), dtype=dtype)
     return wide[..., :n].masked_fill_(~mask, -torch.inf)
-
-
-def is_written_to(graph: fx.Graph, nodes: Iterable[fx.Node]) -> bool:
-    """Whether an in-place operation writes to one of the nodes, or to what may be a view of one."""
-    reached = set(nodes)
-    for node in graph.nodes:
-        written = [*node.args[:1], node.kwargs.get("out"), node.kwargs.get("input")]
-        if is_in_place(node) and any(n in reached for n in written if isinstance(n, fx.Node)):
-            return True
-        if node.target is not SDPA and not reached.isdisjoint(node.all_input_nodes):
-            reached.add(node)
-    return False
-
-
-def _may_write(node: fx.Node) -> bool:
-    """To a tensor that it did not make."""
-    return is_in_place(node) or "out" in node.kwargs or isinstance(node.target, HigherOrderOperator)
 
 
 def _repeated(node: Any) -> tuple[fx.Node, ...]:
@@ -231,7 +214,10 @@ def _runs_alike(given: dict[str, Any], key: fx.Node, value: fx.Node) -> bool:
 
 
 def chosen_kernel(given: dict[str, Any]) -> SDPBackend:
-    """What PyTorch runs for one sequence of these; ``ERROR`` where nobody knows their sizes or no memory is left."""
+    """What PyTorch runs for one sequence of these.
+
+    ``ERROR`` where nobody knows their sizes, no memory is left, or the device has no choice.
+    """
     tensors: list[Any] = [given[name] for name in _NAMES[:4] if given.get(name) is not None]
     rest = {name: value for name, value in given.items() if name not in (*_NAMES[:4], "scale")}  # it decides nothing
     if any(isinstance(value, fx.Node) for value in rest.values()):
@@ -239,11 +225,11 @@ def chosen_kernel(given: dict[str, Any]) -> SDPBackend:
     try:
         with unset_fake_temporarily():
             likes = [_like(node.meta["example_value"]) for node in tensors]
-    except (torch.OutOfMemoryError, ValueError):
+        query, key, value, mask, *_ = cast(list[Any], [*likes, None])
+        with torch.cuda.device(query.device) if query.is_cuda else nullcontext(), unset_fake_temporarily():
+            return SDPBackend(torch._fused_sdp_choice(query, key, value, mask, **rest))
+    except (torch.OutOfMemoryError, ValueError, NotImplementedError):
         return SDPBackend.ERROR
-    query, key, value, mask, *_ = cast(list[Any], [*likes, None])
-    with torch.cuda.device(query.device) if query.is_cuda else nullcontext(), unset_fake_temporarily():
-        return SDPBackend(torch._fused_sdp_choice(query, key, value, mask, **rest))
 
 
 def _like(fake: Tensor) -> Tensor:

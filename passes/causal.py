@@ -10,7 +10,7 @@ import logging
 import math
 import operator
 from collections.abc import Sequence
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
 import networkx as nx
@@ -20,17 +20,13 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rana_compile.passes.attend import SDPA, arguments, is_written_to
-from rana_compile.passes.match import digraph_of
+from rana_compile.passes.attend import SDPA, arguments
+from rana_compile.passes.match import digraph_of, is_written, written_memory
 
 log = logging.getLogger(__name__)
 
 MOST = 1 << 26  # elements of a mask that is looked at
-FUNCTIONS = {
-    *(torch.arange, torch.diff, torch.cumsum, operator.getitem, operator.add, operator.sub),
-    *(operator.le, operator.lt, operator.ge, operator.gt, operator.eq, operator.ne, operator.and_, operator.or_),
-}
-METHODS = {"unsqueeze", "expand", "cumsum", "new_ones", "to"}
+COMPARISONS = {operator.le, operator.lt, operator.ge, operator.gt, operator.eq, operator.ne}
 WHOLE = {torch.bool, torch.int32, torch.int64}
 
 
@@ -38,7 +34,10 @@ def lower_causal_masks(gm: fx.GraphModule) -> int:
     """Replace them in place. Returns how many calls do without; recompiles if there is one."""
     calls = [(node, arguments(node)) for node in gm.graph.nodes if node.op == "call_function" and node.target is SDPA]
     masks = dict.fromkeys(given["attn_mask"] for _, given in calls if _is_square(given))
-    causal = {mask for mask in masks if _is_causal(gm, mask)}
+    if not masks:
+        return 0
+    flow, written = digraph_of(gm.graph), written_memory(gm.graph)
+    causal = {mask for mask in masks if _is_causal(gm, mask, nx.ancestors(flow, mask) | {mask}, written)}
     changed = [(node, given) for node, given in calls if given.get("attn_mask") in causal and _is_square(given)]
     for node, given in changed:
         node.args, node.kwargs = (), given | {"attn_mask": None, "is_causal": True}
@@ -59,18 +58,29 @@ def _is_square(given: dict[str, Any]) -> bool:
     return 2 <= mask.dim() <= query.dim() and all(same[:3]) and all(map(operator.or_, same[3:], one[3:]))
 
 
-def _is_causal(gm: fx.GraphModule, mask: fx.Node) -> bool:
+def _is_causal(gm: fx.GraphModule, mask: fx.Node, needed: set[fx.Node], written: set[int] | None) -> bool:
     """Whether it is [..., n, n], true up to the diagonal, for any sizes that it may have."""
-    needed = nx.ancestors(digraph_of(gm.graph), mask) | {mask}
-    if is_written_to(gm.graph, needed):
+    nodes = [node for node in gm.graph.nodes if node in needed]
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    sizes = _sizes(nodes, inputs) if inputs else {}
+    if sizes is None or not _is_small(nodes, max(sizes.values(), default=0)) or is_written(nodes, written):
         return False
-    cases = _cases(mask, [node for node in gm.graph.nodes if node in needed])
-    return bool(cases) and all(_is_lower(_value(gm, mask, needed, sizes)) for sizes in cases)
+    try:
+        with unset_fake_temporarily(), torch.no_grad(), _Deterministic():
+            return _is_lower(_value(gm, nodes, sizes))
+    except Exception as error:  # outside of the modes, as vmap's, that parts of a graph run in
+        log.debug("the attention mask %s stays as it is: %s", mask.name, error)
+        return False
 
 
-def _is_lower(value: Tensor | None) -> bool:
-    if value is None:
-        return False
+def _is_small(nodes: Sequence[fx.Node], size: int) -> bool:
+    """Whether nothing exceeds ``MOST`` elements, with this for symbolic sizes."""
+    shapes = [node.meta["example_value"].shape for node in nodes if isinstance(node.meta.get("example_value"), Tensor)]
+    known = [[size + 1 if size and not isinstance(n, int) else n for n in shape] for shape in shapes]
+    return all(statically_known_true(math.prod(shape) <= MOST) for shape in known)
+
+
+def _is_lower(value: Tensor) -> bool:
     allowed = torch.ones(value.shape[-2:], dtype=torch.bool, device=value.device).tril()
     if value.dtype != torch.bool:
         forbidden = value <= torch.finfo(value.dtype).min
@@ -78,33 +88,78 @@ def _is_lower(value: Tensor | None) -> bool:
     return bool((value == allowed).all())
 
 
-def _cases(mask: fx.Node, needed: Sequence[fx.Node]) -> list[dict[fx.Node, int]]:
-    """The symbolic sizes that a mask is to be looked at with; none if that would not tell, or it follows from an input.
+def _sizes(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> dict[fx.Node, int] | None:
+    """Symbolic sizes with which a mask shows what it is with any; None if none would tell, or it follows from an input.
 
-    Of sizes and positions it may do no more than add, count and compare. What comes of that changes where positions
-    differ by the numbers in the graph, so that sizes well beyond these show all that there is.
+    Its elements may not depend on sizes, so that smaller masks are parts of larger ones. They may depend on positions
+    that numbers of the graph are added to, on counts of what holds up to a position, on differences and comparisons of
+    such: but for the first, these grow by 0 or 1 from one position to the next, and how they compare changes no more
+    once they are farther apart than all numbers of the graph together. Counts are looked up once, which doubles that.
     """
-    sizes = [node for node in needed if node.op == "placeholder"]
-    if not sizes:
-        return [{}] if mask.meta["example_value"].numel() <= MOST else []
-    if not all(isinstance(node.meta.get("example_value"), torch.SymInt) for node in sizes):
-        return []
-    if not all(node in sizes or _is_plain(node) for node in needed):
-        return []
-    most = 4 * (_numbers_in(needed) + 4)
-    if (most + 1) ** (len(sizes) + 1) > MOST:
-        return []
-    return [dict(zip(sizes, each, strict=True)) for each in product((2, most, most + 1), repeat=len(sizes))]
+    if not all(isinstance(node.meta.get("example_value"), torch.SymInt) for node in inputs):
+        return None
+    plain, numbers = _Plain(), float(len(nodes))
+    for node in nodes:
+        if node in inputs:
+            continue
+        if not plain.takes(node):
+            return None
+        if node.target not in ("expand", "new_ones"):
+            numbers += _numbers_in((node.args, node.kwargs))
+    return {node: 4 * math.ceil(numbers) + i for i, node in enumerate(inputs)} if numbers < MOST else None
 
 
-def _is_plain(node: fx.Node) -> bool:
-    known = FUNCTIONS if node.op == "call_function" else METHODS if node.op == "call_method" else set()
-    value = node.meta.get("example_value")
-    return node.target in known and isinstance(value, Tensor) and value.dtype in WHOLE
+class _Plain:
+    """Tells whether operations, in their order, are among those of ``_sizes``."""
+
+    def __init__(self) -> None:
+        self._positions: dict[fx.Node, set[fx.Node]] = {}  # of each node, the ranges that it depends on
+        self._looked_up: set[fx.Node] = set()  # what depends on a lookup
+
+    def takes(self, node: fx.Node) -> bool:
+        target, args, inputs = node.target, node.args, node.all_input_nodes
+        named = {key for key in node.kwargs if key not in ("device", "dtype")}
+        self._positions[node] = set().union(*(self._positions.get(n, ()) for n in inputs))
+        if not self._looked_up.isdisjoint(inputs):
+            self._looked_up.add(node)
+        if _dtype_of(node) not in WHOLE:
+            return False
+        if target is torch.arange:
+            self._positions[node] = {node}
+            return len(args) == 1 and not named
+        if target in ("expand", "new_ones"):
+            return not named
+        if None in map(_dtype_of, inputs):  # a size
+            return False
+        if target in (torch.cumsum, "cumsum"):
+            return not named and _dtype_of(inputs[0]) == torch.bool and len(self._positions[node]) <= 1
+        if target is torch.diff:
+            return len(args) == 1 and named <= {"prepend", "dim"}
+        if target is operator.getitem:
+            return self._is_index(node, args[1] if isinstance(args[1], tuple) else (args[1],))
+        if target in (operator.add, operator.sub):
+            return len(inputs) == 1 and any(isinstance(a, int) for a in args)
+        return target in COMPARISONS or target in (operator.and_, operator.or_, "unsqueeze", "to")
+
+    def _is_index(self, node: fx.Node, index: Sequence[Any]) -> bool:
+        """Whether it counts from the start, or looks up what depends on no other lookup."""
+        tables = [_dtype_of(i) for i in index if isinstance(i, fx.Node)]
+        if tables and (node in self._looked_up or torch.bool in tables):
+            return False
+        self._looked_up.update([node] if tables else [])
+        ends = [end for i in index if isinstance(i, slice) for end in (i.start, i.stop, i.step and -1)]
+        counted = [i for i in (*index, *ends) if i is not None and not isinstance(i, fx.Node | slice)]
+        return all(isinstance(i, int) and i >= 0 for i in counted)
 
 
-def _numbers_in(nodes: Sequence[fx.Node]) -> int:
-    """The sum of the absolute values of all numbers that the graph holds there, at most ``MOST``."""
+def _dtype_of(node: Any) -> torch.dtype | None:
+    """None of what is no tensor."""
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return value.dtype if isinstance(value, Tensor) else None
+
+
+def _numbers_in(arguments: Any) -> float:
+    """What the numbers in there add up to, without their signs."""
     total = 0.0
 
     def add(value: Any) -> Any:
@@ -113,9 +168,8 @@ def _numbers_in(nodes: Sequence[fx.Node]) -> int:
             total += abs(value)
         return value
 
-    for node in nodes:
-        fx.node.map_aggregate((node.args, node.kwargs), add)
-    return math.ceil(total) if total < MOST else MOST
+    fx.node.map_aggregate(arguments, add)
+    return total
 
 
 class _Deterministic(TorchDispatchMode):
@@ -125,18 +179,23 @@ class _Deterministic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _value(gm: fx.GraphModule, node: fx.Node, needed: set[fx.Node], sizes: dict[fx.Node, int]) -> Tensor | None:
-    """The node's value with these sizes, if it follows from nothing else."""
-    if any(n.op not in ("call_function", "call_method") for n in needed - sizes.keys()):
-        return None
-    interpreter = fx.Interpreter(gm)
+class _Lookups(fx.Interpreter):
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is operator.getitem:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(i, Tensor) and i.dtype != torch.bool and (i < 0).any() for i in index):
+                raise ValueError("what is looked up counts from the end, which depends on the size")
+        return super().call_function(target, args, kwargs)
+
+
+def _value(gm: fx.GraphModule, nodes: Sequence[fx.Node], sizes: dict[fx.Node, int]) -> Tensor:
+    """The last node's value with these sizes. Raises ValueError if it follows from something else."""
+    interpreter = _Lookups(gm) if sizes else fx.Interpreter(gm)
     interpreter.env.update(sizes)
-    try:
-        with unset_fake_temporarily(), torch.no_grad(), _Deterministic():
-            for n in gm.graph.nodes:
-                if n in needed and n not in sizes:
-                    interpreter.env[n] = interpreter.run_node(n)
-    except Exception as error:  # outside of the modes, as vmap's, that parts of a graph run in
-        log.debug("the attention mask %s stays as it is: %s", node.name, error)
-        return None
-    return interpreter.env[node]
+    for node in nodes:
+        if node in sizes:
+            continue
+        if node.op not in ("call_function", "call_method"):
+            raise ValueError(f"{node.name} is no operation")
+        interpreter.env[node] = interpreter.run_node(node)
+    return interpreter.env[nodes[-1]]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rana_compile.passes.inline import inline_checkpoints
 from rana_compile.passes.rewrite import copy_dynamo_graph
@@ -67,7 +68,8 @@ class Emitter:
     def __init__(self, graph: fx.Graph, origin: fx.Node) -> None:
         self._graph = graph
         self._meta = {k: v for k, v in origin.meta.items() if k != "example_value"}
-        self._mode = origin.all_input_nodes[0].meta["example_value"].fake_mode  # Dynamo's; AOTAutograd has its own
+        values = (n.meta.get("example_value") for n in origin.all_input_nodes)
+        self._mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))  # Dynamo's; AOTAutograd has its own
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         node = self._graph.call_function(function, args, kwargs)

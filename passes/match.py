@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import networkx as nx
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 
 from rana_compile.types import Site, Skipped
 
@@ -148,8 +149,39 @@ def is_in_place(node: fx.Node) -> bool:
     return named or "out" in node.kwargs or _asks_for_it(node) or _is_mutable(node.target)
 
 
+def writes_to(node: fx.Node) -> list[fx.Node]:
+    """The inputs that a node may write to: of ``add_`` the first, of what says less about itself all."""
+    if not is_in_place(node) and not isinstance(node.target, HigherOrderOperator):
+        return []
+    first: list[fx.Node] = []
+    if op_name(node).endswith("_") or op_name(node) in _IN_PLACE:
+        fx.node.map_arg((node.args[:1], node.kwargs.get("input")), first.append)
+    return node.all_input_nodes if "out" in node.kwargs or not first else first
+
+
+def written_memory(graph: fx.Graph) -> set[int] | None:
+    """What the graph may write to, as ``memory_of`` has it; None where that is not known."""
+    found = {memory_of(n) for node in graph.nodes for n in writes_to(node)}
+    return None if None in found else {m for m in found if m is not None}
+
+
+def is_written(nodes: Iterable[fx.Node], written: set[int] | None) -> bool:
+    """Whether one of the nodes may be, where this is ``written_memory``."""
+    tensors = [n for n in nodes if isinstance(n.meta.get("example_value"), torch.Tensor)]
+    return written is None or any((memory := memory_of(n)) is None or memory in written for n in tensors)
+
+
+def memory_of(node: fx.Node) -> int | None:
+    """The same number for all views of one tensor; None where that is not known."""
+    value = node.meta.get("example_value")
+    try:
+        return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    except (NotImplementedError, RuntimeError):  # inside of vmap
+        return None
+
+
 def _asks_for_it(node: fx.Node) -> bool:
-    if node.op != "call_function":
+    if node.op != "call_function" or not any(a is True for a in (*node.args, *node.kwargs.values())):
         return False
     try:
         given = inspect.signature(node.target).bind_partial(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
