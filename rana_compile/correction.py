@@ -38,7 +38,7 @@ TOLERANCE = 0.01  # relative miss of the chosen cost that is accepted without an
 HIGHER = 1.5  # times the thresholds, with which the loss rises by more than its noise does
 SPREAD = 0.3  # standard deviation, over models and texts, of the loss increase as a multiple of the divergence
 SAME = 1e-3  # relative difference of what is computed twice
-KEPT_BYTES = 1_000_000_000  # of the dense outputs, where the samples were before
+KEPT_BYTES = 1_000_000_000  # of dense outputs, on a CPU; after the last fit samples were as large
 DEFAULT_SHARE = 0.6
 
 Unit = Literal["flops", "bytes", "loss"]
@@ -137,7 +137,7 @@ class Fitter:
         self._processes, self._writes_text = processes, writes_text
         self._run, self._bar, self._held_back, self._refits = run, bar, held_back, refits
         self.everything = thinned([*fitting, *held_back], REFIT_TOKENS)
-        self._kept: dict[int, tuple[Tensor, torch.device]] = {}  # dense outputs and where they were, by the batch's id
+        self._kept: dict[int, Tensor] = {}  # dense outputs, by the batch's id
 
     def search(self, problem: Problem, target: Target) -> Fitted:
         """The best plan found for the target. Raises ConfigError if none meets it."""
@@ -288,13 +288,13 @@ class Fitter:
         ]
 
     def _dense(self, batch: Batch) -> Tensor:
-        """The dense model's output on a held-back batch: computed once, if the machine's memory has room for it."""
+        """The dense model's output on a held-back batch; on a CPU, where a pass takes a second, ``KEPT_BYTES`` stay."""
         if id(batch) in self._kept:
-            kept, device = self._kept[id(batch)]
-            return kept.to(device)
+            return self._kept[id(batch)]
         output = main_output(self._run(dense_handler, batch)).detach()
-        if sum(kept.nbytes for kept, _ in self._kept.values()) + output.nbytes <= KEPT_BYTES:
-            self._kept[id(batch)] = output.cpu(), output.device
+        held = sum(kept.untyped_storage().nbytes() for kept in (*self._kept.values(), output))
+        if output.is_cpu and held * self._processes.count <= KEPT_BYTES:
+            self._kept[id(batch)] = output
         return output
 
     def _weights(self, fitted: Fitted) -> Measure:

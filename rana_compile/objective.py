@@ -17,6 +17,9 @@ from rana_compile.types import ConfigError, RanaError
 
 AT_ONCE = 1 << 22  # logits of which copies are made
 NO_LABEL = -100
+NOT_FINITE = (
+    "the model's output holds NaN or infinity on calibration data; check the model and the data, or use a wider dtype"
+)
 TEXT = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "cache_position", "labels", "use_cache"}
 
 
@@ -39,10 +42,7 @@ def differentiate(output: Any, generator: torch.Generator) -> None:
         if torch.isfinite(loss):
             loss.backward()
             return
-    raise RanaError(
-        "the model's output holds NaN or infinity on calibration data; check the model and the data, or use a wider "
-        "dtype"
-    )
+    raise RanaError(NOT_FINITE)
 
 
 def _slope(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -55,7 +55,10 @@ def _slope(logits: Tensor, generator: torch.Generator) -> Tensor:
 def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """An index for each row of probabilities [rows, n]: [rows, 1]. ``torch.multinomial`` takes 13 times as long."""
     upto = probabilities.cumsum(-1)
-    uniform = 1 - torch.rand(len(upto), 1, generator=generator)  # (0, 1]: what has no probability is never drawn
+    if not upto[:, -1].isfinite().all():
+        raise RanaError(NOT_FINITE)
+    own: dict[str, Any] = {"generator": generator, "dtype": upto.dtype, "device": upto.device}
+    uniform = 1 - torch.rand(len(upto), 1, **own)  # (0, 1]: what has no probability is never drawn
     return torch.searchsorted(upto, uniform * upto[:, -1:])
 
 

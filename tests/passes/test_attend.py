@@ -337,6 +337,21 @@ def test_a_model_of_grouped_queries_gives_what_it_gave(
     assert shared == [2] * len(shared) and shared
 
 
+@torch.library.custom_op("rana_tests::flip", mutates_args={"mask"})
+def flip(q: Tensor, mask: Tensor) -> None:
+    mask.logical_not_()
+
+
+class Mapped(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            for _ in range(2):
+                q = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[0])
+            return q
+
+        return torch.vmap(attend)(q, k, v)
+
+
 class Stacked(nn.Module):
     """Layers that share a mask [1, 1, queries, keys], whatever else they do."""
 
@@ -353,6 +368,8 @@ class Stacked(nn.Module):
                 seen.logical_not_()
             elif self.write == "a view of it":
                 seen[..., 3:].fill_(True)
+            elif self.write == "by an operation":
+                flip(q, seen)
             elif self.write == "what it is made of":
                 mask[..., 0] = True
             elif self.write == "something else":
@@ -376,7 +393,7 @@ def test_numbers_say_what_the_mask_does_in_aligned_rows(dtype: torch.dtype, keys
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("write", ["nothing", "something else"])
+@pytest.mark.parametrize("write", ["nothing", "something else", "what it is made of"])
 def test_a_mask_that_calls_share_becomes_numbers_once(dynamic: bool, write: str) -> None:
     given = *inputs(torch.float32, 6, queries=7), seen_by()
     graphs = []
@@ -386,23 +403,25 @@ def test_a_mask_that_calls_share_becomes_numbers_once(dynamic: bool, write: str)
         return gm
 
     module = Stacked(write=write)
+    expected = module(*given[:3], given[3].clone())
     with torch.no_grad():
         found = torch.compile(module, backend=compiler, dynamic=dynamic)(*given)
     ((gm, first, second),) = graphs
     assert (first, second) == (1, 0)
     masks = {arguments(node)["attn_mask"] for node in gm.graph.nodes if node.target is attend.SDPA}
     assert [mask.target for mask in masks] == [as_numbers]
-    torch.testing.assert_close(found, module(*given), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(
     "module",
     [
         Stacked(layers=1),
-        *[Stacked(write=what) for what in ("the mask", "a view of it", "what it is made of")],
+        *[Stacked(write=what) for what in ("the mask", "a view of it", "by an operation")],
         Stacked(cast=True),
+        Mapped(),
     ],
-    ids=["one call", "written", "a view written", "its origin written", "autocast"],
+    ids=["one call", "written", "a view written", "written by an operation", "autocast", "vmap"],
 )
 def test_other_masks_stay_what_they_are(module: nn.Module) -> None:
     given = *inputs(torch.float32, 6, queries=7), seen_by()
@@ -422,11 +441,50 @@ def test_numbers_stay_what_they_are() -> None:
     assert share_masks(graph_of(Numbers(), *given, as_numbers(seen_by(), torch.float32))) == 0
 
 
-def test_masks_are_shared_only_where_the_same_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("of_truths", "of_numbers"),
+    [(SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH), (SDPBackend.ERROR, SDPBackend.ERROR)],
+    ids=["another", "nobody knows"],
+)
+def test_masks_are_shared_only_where_the_same_kernel_runs(
+    of_truths: SDPBackend, of_numbers: SDPBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def kernel(given: dict[str, Any]) -> SDPBackend:
-        is_bool = given["attn_mask"].meta["example_value"].dtype == torch.bool
-        return SDPBackend.CUDNN_ATTENTION if is_bool else SDPBackend.MATH
+        return of_truths if given["attn_mask"].meta["example_value"].dtype == torch.bool else of_numbers
 
     monkeypatch.setattr(attend, "chosen_kernel", kernel)
     gm = graph_of(Stacked(), *inputs(torch.float32, 6, queries=7), seen_by())
     assert share_masks(gm) == 0
+    assert as_numbers not in {node.target for node in gm.graph.nodes}
+
+
+def test_a_mask_that_is_written_through_another_input_stays() -> None:
+    class Through(nn.Module):
+        def forward(self, q: Tensor, mask: Tensor, other: Tensor) -> Tensor:
+            first = F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+            other.logical_not_()
+            return F.scaled_dot_product_attention(first, q, q, attn_mask=mask)
+
+    q, mask = torch.randn(1, 2, 7, 16), seen_by(keys=7)[0, 0]
+    assert share_masks(graph_of(Through(), q, mask, mask[2:])) == 0
+    assert share_masks(graph_of(Through(), q, mask, mask[2:].clone())) == 1
+
+
+@pytest.mark.parametrize(("gradients", "count"), [(False, 1), (True, 0)])
+def test_the_backend_shares_masks_in_graphs_without_gradients(gradients: bool, count: int) -> None:
+    class Masked(Stacked):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = nn.Linear(16, 16)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(self.project(q), k, v, mask)
+
+    module = Masked()
+    tensors = {"threshold": torch.full((1, 16), 0.5), "probe": torch.zeros(0, 17)}
+    site = Site("project", "linear", ("project.weight",), 16, (16,))
+    plan = plan_of(module, (site, "neuron", tensors))
+    with torch.set_grad_enabled(gradients):
+        gm, given = graph_and_inputs(module, *inputs(torch.float32, 6, queries=7), seen_by())
+        rewritten, _ = adapt_graph(gm, given, plan, BackendOptions.parse({"plan": plan}))
+    assert [node.target for node in rewritten.graph.nodes].count(as_numbers) == count
