@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rana_compile.passes.attend import SDPA, arguments
-from rana_compile.passes.match import digraph_of, is_written, written_memory
+from rana_compile.passes.match import digraph_of, is_written, shape, written_memory
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +75,9 @@ def _is_causal(gm: fx.GraphModule, mask: fx.Node, needed: set[fx.Node], written:
 
 def _is_small(nodes: Sequence[fx.Node], size: int) -> bool:
     """Whether nothing exceeds ``MOST`` elements, with this for symbolic sizes."""
-    shapes = [node.meta["example_value"].shape for node in nodes if isinstance(node.meta.get("example_value"), Tensor)]
-    known = [[size + 1 if size and not isinstance(n, int) else n for n in shape] for shape in shapes]
-    return all(statically_known_true(math.prod(shape) <= MOST) for shape in known)
+    shapes = [shape(node) for node in nodes if _dtype_of(node)]
+    known = [[size + 1 if size and not isinstance(n, int) else n for n in sizes] for sizes in shapes]
+    return all(statically_known_true(math.prod(sizes) <= MOST) for sizes in known)
 
 
 def _is_lower(value: Tensor) -> bool:
@@ -131,15 +131,11 @@ class _Plain:
             return not named
         if None in map(_dtype_of, inputs):  # a size
             return False
-        if target in (torch.cumsum, "cumsum"):
-            return not named and _dtype_of(inputs[0]) == torch.bool and len(self._positions[node]) <= 1
-        if target is torch.diff:
-            return len(args) == 1 and named <= {"prepend", "dim"}
         if target is operator.getitem:
             return self._is_index(node, args[1] if isinstance(args[1], tuple) else (args[1],))
-        if target in (operator.add, operator.sub):
-            return len(inputs) == 1 and any(isinstance(a, int) for a in args)
-        return target in COMPARISONS or target in (operator.and_, operator.or_, "unsqueeze", "to")
+        if target in (torch.cumsum, "cumsum"):
+            return named <= {"dim"} and _dtype_of(inputs[0]) == torch.bool and len(self._positions[node]) <= 1
+        return _is_local(node, named)
 
     def _is_index(self, node: fx.Node, index: Sequence[Any]) -> bool:
         """Whether it counts from the start, or looks up what depends on no other lookup."""
@@ -150,6 +146,21 @@ class _Plain:
         ends = [end for i in index if isinstance(i, slice) for end in (i.start, i.stop, i.step and -1)]
         counted = [i for i in (*index, *ends) if i is not None and not isinstance(i, fx.Node | slice)]
         return all(isinstance(i, int) and i >= 0 for i in counted)
+
+
+def _is_local(node: fx.Node, named: set[str]) -> bool:
+    """Whether each element follows from one of each input, or from neighbours."""
+    target, inputs = node.target, node.all_input_nodes
+    if target is torch.diff:
+        before = node.kwargs.get("prepend")
+        one = before is None or (isinstance(before, fx.Node) and statically_known_true(shape(before)[-1] == 1))
+        last = node.kwargs.get("dim", -1) == -1
+        return len(node.args) == 1 and named <= {"prepend", "dim"} and bool(last) and one
+    if target in (operator.add, operator.sub):
+        return len(inputs) == 1 and isinstance(node.args[1], int)
+    if target in (operator.and_, operator.or_):  # of whole numbers, bit by bit
+        return {_dtype_of(n) for n in inputs} == {torch.bool}
+    return target in COMPARISONS or target in ("unsqueeze", "to")
 
 
 def _dtype_of(node: Any) -> torch.dtype | None:

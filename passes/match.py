@@ -21,6 +21,9 @@ _IN_PLACE = {
 }
 
 
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
 @dataclass(frozen=True)
 class Linear:
     """One node that computes y = x Wᵀ + b, W [d_out, d_in]; ``transposed``: the parameter holds Wᵀ."""
@@ -161,7 +164,8 @@ def writes_to(node: fx.Node) -> list[fx.Node]:
 
 def written_memory(graph: fx.Graph) -> set[int] | None:
     """What the graph may write to, as ``memory_of`` has it; None where that is not known."""
-    found = {memory_of(n) for node in graph.nodes for n in writes_to(node)}
+    targets = [n for node in graph.nodes for n in writes_to(node) if n.op != "get_attr"]
+    found = {memory_of(n) for n in targets if not isinstance(n.meta.get("example_value"), SYMBOLIC)}
     return None if None in found else {m for m in found if m is not None}
 
 

@@ -177,6 +177,9 @@ NOT_CAUSAL: dict[str, Callable[[Tensor], Tensor]] = {
     "around the end": lambda q: written_out(q) & (steps(q)[steps(q) - 7] != 0),
     "a count": lambda q: written_out(q) & (counts(q)[steps(q)] < 50),
     "lookups of lookups": lambda q: written_out(q) & (counts(q)[counts(q)][counts(q)] < 50),
+    "bits": lambda q: written_out(q) & ((steps(q) & doubled(torch.arange(2)[1], 7)) == 0),
+    "after itself": lambda q: written_out(q) & (torch.diff(steps(q), prepend=steps(q))[steps(q)] > -40),
+    "against a number": lambda q: written_out(q) & (140 - steps(q) > 0),
     "an input": lambda q: written_out(q) & (q[:1, :1, :, :1] < 100),
     "of few bits": lambda q: written_out(q) & (steps(q).to(torch.int8) > -1),
 }
