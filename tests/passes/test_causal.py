@@ -1,17 +1,21 @@
 """Causal masks that are written out: recognised where they are constant, and never taken for what they are not."""
 
+import operator
 from collections.abc import Callable
+from random import Random
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import graph_of, tiny_llama, tokens
 from torch import Tensor, nn
 
 import rana_compile
 from rana_compile import Plan
 from rana_compile.passes.attend import SDPA, arguments
-from rana_compile.passes.causal import lower_causal_masks
+from rana_compile.passes.causal import COMPARISONS, lower_causal_masks
 
 N = 8
 
@@ -250,6 +254,54 @@ def test_a_prompt_gives_what_it_gave(dynamic: bool) -> None:
             with rana_compile.adapted(model, plan) as run:
                 expected = run(input_ids=ids).logits
             torch.testing.assert_close(fast(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def some_positions(random: Random, depth: int) -> Callable[[Tensor], Tensor]:
+    """Of positions [n]: other numbers [n]."""
+    kind = random.choice(["themselves", "moved", "counted", "looked up"]) if depth else "themselves"
+    if kind == "themselves":
+        return lambda x: x
+    inner = some_positions(random, depth - 1)
+    if kind == "moved":
+        number, move = random.randint(0, 40), random.choice([operator.add, operator.sub])
+        return lambda x: move(inner(x), number)
+    if kind == "looked up":
+        return lambda x: inner(x)[x]
+    true = some_truths(random, depth - 1)
+    return lambda x: true(x).cumsum(-1)
+
+
+def some_truths(random: Random, depth: int) -> Callable[[Tensor], Tensor]:
+    one, other = (some_positions(random, depth) for _ in range(2))
+    compare, number = random.choice(sorted(COMPARISONS, key=str)), random.randint(-5, 60)
+    if random.random() < 0.5:
+        return lambda x: compare(one(x), number)
+    return lambda x: compare(one(x), other(x))
+
+
+def some_mask(random: Random) -> Callable[[Tensor], Tensor]:
+    one, other = (some_positions(random, 2) for _ in range(2))
+    compare, true = random.choice(sorted(COMPARISONS, key=str)), some_truths(random, 2)
+    join, more = random.choice([operator.and_, operator.or_]), random.random() < 0.7
+    if random.random() < 0.5:
+        return lambda x: join(x <= x[:, None], true(x)[:, None] if more else true(x))
+    return lambda x: join(x <= x[:, None], compare(one(x), other(x)[:, None]))
+
+
+@given(st.randoms(use_true_random=False))
+@settings(max_examples=50, deadline=None)
+def test_no_mask_is_taken_for_causal_that_is_not(random: Random) -> None:
+    mask, found = some_mask(random), []
+
+    def compiler(gm: torch.fx.GraphModule, example_inputs: list[Tensor]) -> torch.fx.GraphModule:
+        found.append(lower_causal_masks(gm))
+        return gm
+
+    torch.compiler.reset()
+    torch.compile(Attend(lambda q: mask(steps(q))), backend=compiler, dynamic=True)(torch.randn(1, 2, 90, 4))
+    if found == [1]:
+        for n in [*range(2, 130), 200, 333, 700]:
+            assert torch.equal(mask(torch.arange(n)), torch.ones(n, n, dtype=torch.bool).tril()), n
 
 
 @pytest.mark.parametrize("count", [1, 3])
