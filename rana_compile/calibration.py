@@ -44,7 +44,6 @@ log = logging.getLogger(__name__)
 SAMPLE_BYTES = 1_000_000_000  # for all samples together
 MAX_SAMPLE_ROWS = 4096
 RECORD_TOKENS = 8192  # for which gradients are computed
-RECORDING = 2  # another number where the same seed records other samples
 LESS_MEMORY = "batches of fewer tokens need less (one is held at a time), and so do bfloat16 and fewer layers (include)"
 
 
@@ -336,7 +335,7 @@ class Session:
         """How many batches the checkpoint holds, which are in the recorder then."""
         if self._checkpoint is None:
             return 0
-        limits = (RECORDING, RECORD_TOKENS, SAMPLE_BYTES, MAX_SAMPLE_ROWS, self.seed, torch.__version__)
+        limits = (RECORD_TOKENS, SAMPLE_BYTES, MAX_SAMPLE_ROWS, self.seed, torch.__version__)
         whose = fingerprint(self.parameters, batches, (*limits, recorder.has_moment.__name__, *self._settings))
         done = self._checkpoint.restore(whose, recorder, generator)
         if done:

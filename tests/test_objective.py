@@ -36,39 +36,11 @@ def test_rows_without_a_label_do_not_count(parts: None) -> None:
     assert distances(dense, adapted, torch.full((2, 5), NO_LABEL)) == distances(dense, adapted) == expected
 
 
-def test_labels_are_drawn_as_often_as_is_likely_and_never_where_that_is_impossible() -> None:
-    likely = torch.tensor([0.0, 0.5, 0.0, 0.25, 0.25, 0.0])
-    drawn = objective._drawn(likely.expand(40_000, -1), torch.Generator().manual_seed(0))
-    assert drawn.shape == (40_000, 1)
-    share = drawn.flatten().bincount(minlength=6) / 40_000
-    assert torch.equal(share == 0, likely == 0)
-    torch.testing.assert_close(share, likely, rtol=0, atol=0.01)
-
-
-def test_labels_are_drawn_with_all_bits_whatever_the_default_dtype() -> None:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        likely = torch.full((1, 1000), 1e-3, dtype=torch.float32).expand(20_000, -1)
-        drawn = objective._drawn(likely, torch.Generator().manual_seed(0))
-    finally:
-        torch.set_default_dtype(before)
-    assert len(drawn.unique()) == 1000
-
-
 def test_a_row_that_rules_everything_out_is_an_error() -> None:
     logits = torch.zeros(3, 5, requires_grad=True)
     ruled_out = (logits + 0).index_fill(0, torch.tensor([1]), -torch.inf)
     with pytest.raises(RanaError, match="NaN or infinity"):
         objective.differentiate(SimpleNamespace(logits=ruled_out), torch.Generator())
-
-
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24], ids=["least", "greatest"])
-def test_at_both_ends_what_is_drawn_is_possible(uniform: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "rand", lambda *size, generator, **own: torch.full(size, uniform, **own))
-    likely = torch.tensor([[0.0, 0.3, 0.0, 0.7 + 2**-23, 0.0], [0.0, 1e-30, 1e-30, 0.0, 0.0]])
-    drawn = objective._drawn(likely, torch.Generator())
-    assert (likely.gather(1, drawn) > 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
