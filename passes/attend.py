@@ -10,10 +10,6 @@ Of a prompt on CUDA, where queries share keys and values that the graph repeats 
     scaled_dot_product_attention(q, repeat(k), repeat(v), mask)  →  …(q, k, v, mask, enable_gqa=True)
 
 so that the copies are never written: a kernel less in each layer.
-
-And of calls that share a mask of truths, which each of them would make numbers of for itself:
-
-    …(q, k, v, mask)  →  …(q, k, v, numbers), numbers = where(mask, 0, -inf), once
 """
 
 import operator
@@ -28,11 +24,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention import SDPBackend
 
 from rana_compile.kernels.ops import DTYPES, MOST_DECODED
-from rana_compile.passes.expand import Emitter
-from rana_compile.passes.match import is_written, writes_to, written_memory
+from rana_compile.passes.match import writes_to
 
 GROUPING = {"cuda"}  # devices that are looked at
-ALIGNED = 8  # elements, of masks that attention on CUDA takes as they are
 GROUPED = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)  # kernels that take fewer keys than queries
 
 
@@ -59,13 +53,13 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 def _is_single(node: fx.Node) -> bool:
     named = arguments(node)
-    if named.get("dropout_p") or named.get("is_causal") or _dtype(node) not in DTYPES:
+    if named.get("dropout_p") or named.get("is_causal") or dtype_of(node) not in DTYPES:
         return False
     query = named["query"].meta["example_value"]
     return query.device.type == "cpu" and query.dim() >= 3 and isinstance(query.shape[-2], int) and query.shape[-2] == 1
 
 
-def _dtype(node: fx.Node) -> torch.dtype | None:
+def dtype_of(node: fx.Node) -> torch.dtype | None:
     """The one dtype of queries, keys, values and what becomes of them; None where there are several, or autocast is."""
     of = [*(arguments(node)[name] for name in _NAMES[:3]), node]
     first, *others = (n.meta["example_value"] for n in of)
@@ -121,49 +115,6 @@ def share_repeated_heads(gm: fx.GraphModule) -> int:
     if found:  # what repeated them stays for the compiler to remove
         gm.recompile()
     return found
-
-
-def share_masks(gm: fx.GraphModule) -> int:
-    """Masks of truths that several calls share → numbers, in place, in a graph without gradients. Returns how many.
-
-    PyTorch makes them of its own accord, in each call. Recompiles if there is one.
-    """
-    calls: dict[tuple[fx.Node, torch.dtype], list[fx.Node]] = {}
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target is SDPA and (dtype := _dtype(node)) is not None:
-            mask = arguments(node).get("attn_mask")
-            wrapped = torch._C._functorch.is_functorch_wrapped_tensor(node.meta["example_value"])
-            if isinstance(mask, fx.Node) and mask.meta["example_value"].dtype == torch.bool and not wrapped:
-                calls.setdefault((mask, dtype), []).append(node)
-    found = 0
-    shared = {key: users for key, users in calls.items() if len(users) > 1}
-    written = written_memory(gm.graph) if shared else set()
-    for (mask, dtype), users in shared.items():
-        if is_written([mask], written):
-            continue
-        with gm.graph.inserting_before(users[0]):
-            numbers = Emitter(gm.graph, users[0])(as_numbers, mask, dtype)
-        changed = {node: arguments(node) | {"attn_mask": numbers} for node in users}
-        kernels = [(chosen_kernel(arguments(node)), chosen_kernel(new)) for node, new in changed.items()]
-        if all(before == after != SDPBackend.ERROR for before, after in kernels):
-            for node, new in changed.items():
-                node.args, node.kwargs = (), new
-            found += 1
-        else:
-            gm.graph.erase_node(numbers)
-    if found:
-        gm.recompile()
-    return found
-
-
-def as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores: 0, or -inf where the mask is false.
-
-    Rows are a multiple of ``ALIGNED`` apart: others would be copied for each call.
-    """
-    n = mask.shape[-1]
-    wide = mask.new_zeros((*mask.shape[:-1], (n + ALIGNED - 1) // ALIGNED * ALIGNED), dtype=dtype)
-    return wide[..., :n].masked_fill_(~mask, -torch.inf)
 
 
 def _repeated(node: Any) -> tuple[fx.Node, ...]:

@@ -12,11 +12,12 @@ from torch._dynamo.backends.registry import lookup_backend
 from rana_compile.binding import Bound, Stamp, bind, stamp
 from rana_compile.config import BackendOptions
 from rana_compile.kernels import ops
-from rana_compile.passes.attend import lower_single_queries, share_masks, share_repeated_heads
+from rana_compile.passes.attend import lower_single_queries, share_repeated_heads
 from rana_compile.passes.causal import lower_causal_masks
 from rana_compile.passes.expand import expand
 from rana_compile.passes.find import bind_sites
 from rana_compile.passes.fuse import fuse_gated_mlps
+from rana_compile.passes.masks import share_masks
 from rana_compile.passes.match import Found, Match
 from rana_compile.passes.rewrite import Lowering, copy_dynamo_graph, rewrite
 from rana_compile.plan import Plan, SitePlan, weight_hash
