@@ -90,9 +90,9 @@ def masked_is_faster(
     return faster and (before is None or linear_is_faster(rows, before, d, dtype))
 
 
-def most_together(*_: Any) -> int:
-    """Up to how many rows one product of all parts' inputs with all columns is faster: multiply-adds cost here."""
-    return 0
+def stack_form(*_: Any) -> str:
+    """How the parts of a stack are computed fastest: multiply-adds cost here, and starting a kernel does not."""
+    return "apart"
 
 
 def _is_faster(op: str, rows: int | None, d: int, d_out: int, density: float, dtype: torch.dtype) -> bool:

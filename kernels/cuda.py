@@ -242,10 +242,10 @@ def masked_is_faster(
     return found.masked(density) < found.dense
 
 
-def most_together(d: int, d_outs: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> int:
-    """Up to how many rows one product of all parts' inputs with all columns is faster than one of each part."""
+def stack_form(rows: int, d: int, d_outs: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
+    """How the parts of a stack are computed fastest."""
     with torch.cuda.device(device):
-        return tuning.measured_together(Stack(d, d_outs, dtype, device)).cut[0]
+        return tuning.form_of(Stack(rows, d, d_outs, dtype, device))
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> None:

@@ -129,16 +129,19 @@ def masked_is_faster(
     return bool(module.masked_is_faster(rows, d, d_out, union, dtype, device, gated, before))
 
 
-def most_together(d: int, d_outs: Sequence[int], dtype: torch.dtype, device: torch.device) -> int:
-    """Up to how many rows one product of all parts' inputs with all columns, of which each keeps its own, is faster.
+def stack_form(rows: int | None, d: int, d_outs: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
+    """How the parts of a stack, each an input [rows, d] and a weight [d_out, d] of its own, are computed fastest.
 
-    For a stack of parts, each with an input [rows, d] and a weight [d_out, d] of its own; 0 where it never is. It reads
-    the same weights in fewer kernels, for as many times the multiply-adds as there are parts: free while memory, or
-    starting kernels, is the limit.
+    ``apart``: a product each. ``together``: all inputs with all columns, of which each keeps its own; the same weights
+    are read in one kernel, for as many times the multiply-adds as there are parts: free while memory, or starting
+    kernels, is the limit. ``batched``: parts side by side of one width as one batch, in as many multiply-adds. Measured
+    once; ``apart`` where rows vary (None) or there are no kernels for it.
     """
-    if len(d_outs) < 2 or not d * sum(d_outs) or dtype not in DTYPES or not is_supported(device.type):
-        return 0
-    return int(import_module(_LOADERS[device.type]).most_together(d, tuple(d_outs), dtype, device))
+    if rows is None or rows < 2 or len(d_outs) < 2 or not d * sum(d_outs):
+        return "apart"
+    if dtype not in DTYPES or not is_supported(device.type):
+        return "apart"
+    return str(import_module(_LOADERS[device.type]).stack_form(rows, d, tuple(d_outs), dtype, device))
 
 
 def load(device_type: str) -> None:

@@ -11,7 +11,8 @@ that token matters. A threshold of zero keeps a coordinate always; NaN is kept, 
 Products accumulate in float32 (float64 for float64 inputs); results have the dtype of the input.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,15 @@ def without(z: Tensor, dropped: Tensor) -> Tensor:
 def of_mask(scale: Tensor | None, index: int) -> Tensor | None:
     """What one mask's coordinates are multiplied by, [...], of a ``scale`` [..., masks]."""
     return None if scale is None else scale[..., index]
+
+
+def runs(weight_t: Tensor, d_outs: Sequence[int]) -> Iterator[tuple[int, int, Tensor]]:
+    """Parts side by side of one width: the first, how many, and their columns of weight_t, [many, d, width]."""
+    first = start = 0
+    for width, same in groupby(d_outs):
+        many = len(list(same))
+        yield first, many, weight_t.narrow(1, start, many * width).unflatten(1, (many, width)).transpose(0, 1)
+        first, start = first + many, start + many * width
 
 
 def _product(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ from triton.runtime.errors import OutOfResources
 
 from rana_compile.kernels.cpu import wanted_directory
 from rana_compile.kernels.measured import Measured, kept
+from rana_compile.kernels.reference import runs
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,10 @@ BEYOND_CACHES = 2**28  # bytes of weights that take turns
 SMALL = 2**20  # bytes of a weight below which launches, not bytes, are what costs
 PROGRAMS = (1000, 2000)  # what keeps the memory busy on about 132 multiprocessors; each thousand takes 1.2 µs to start
 ROWS = (64, 128, 256, 512, 1024)  # of the weight, of a program; more would not fit in registers
-TOGETHER = tuple(2**n for n in range(4, 13))  # rows for which one product of a stack is compared with several
+STACKED = (16, 8192)  # rows for which the forms of a stack are compared: powers of two
+MULTIPLIED = 2048  # rows up to which all inputs may be multiplied with all columns
+LAUNCH = 20.0  # microseconds in which a graph starts a kernel, about: of shorter ones, fewer are better
+WORTH = 0.02  # share of a stack's time that one kernel less is worth then, and else what a copy of the weights costs
 LIST = 256  # rows that a warp lists at a time
 
 
@@ -56,12 +60,14 @@ class Case(NamedTuple):
 class Stack(NamedTuple):
     """Products of several inputs [rows, d], each with a weight [d_out, d] of its own."""
 
+    rows: int
     d: int
     d_outs: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
 
+FORMS = ("apart", "together", "batched")  # how the parts of a stack may be computed: ``ops.stack_form``
 Run = Callable[[Tile, Case, Tensor, Tensor, Tensor, Tensor], None]  # z, threshold, weight_t, out
 
 # Columns, depth, warps. Many small programs win: while some list, others load. Measured: CONTRIBUTING.md. A candidate
@@ -94,14 +100,13 @@ def measured(case: Case, run: Run) -> Measured:
     return _known[case]
 
 
-def measured_together(stack: Stack) -> Measured:
-    """One product of all inputs with all columns (``half`` and ``full``), and one each, of the most rows it pays for.
-
-    ``cut`` holds how many these are, of those in TOGETHER, or 0.
-    """
+def form_of(stack: Stack) -> str:
+    """Which of the ``FORMS`` is the fastest for about so many rows."""
+    least, most = STACKED
+    stack = stack._replace(rows=min(max(triton.next_power_of_2(stack.rows), least), most))
     if stack not in _known:
-        _known[stack] = kept(_file(stack), lambda: _measure_together(stack), 1)
-    return _known[stack]
+        _known[stack] = kept(_file(stack), lambda: _measure_stack(stack), 1)
+    return FORMS[_known[stack].cut[0] % len(FORMS)]
 
 
 def candidates(case: Case) -> Iterator[Tile]:
@@ -132,7 +137,7 @@ def _file(case: Case | Stack) -> Path:
     if isinstance(case, Case):
         name, of = "masked", (*of, CUTS, PROGRAMS, ROWS, LIST, EARLY_BYTES, AHEAD_BYTES)
     else:
-        name, of = "together", (*of, TOGETHER, torch.get_float32_matmul_precision())
+        name, of = "stack", (*of, FORMS, MULTIPLIED, LAUNCH, WORTH, torch.get_float32_matmul_precision())
     return wanted_directory() / f"{name}_{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.json"
 
 
@@ -161,30 +166,38 @@ def _measure(case: Case, run: Run) -> Measured:
     return Measured(best, times[best], masked(best, 1.0), dense)
 
 
-def _measure_together(stack: Stack) -> Measured:
-    log.info("measuring %d products of inputs of %d with %s outputs, %s", len(stack.d_outs), *stack[:-1])
-    d, d_outs, dtype, device = stack
+def _measure_stack(stack: Stack) -> Measured:
+    """``cut``: the place of the best of the ``FORMS``; ``half`` and ``full``: its time; ``dense``: that of several."""
+    log.info("measuring products of %d inputs of %d with %s outputs, %s", stack.rows, *stack[1:-1])
+    rows, d, d_outs, dtype, device = stack
     own: dict[str, Any] = {"device": device, "generator": torch.Generator(device).manual_seed(0)}
-    width, parts = sum(d_outs), len(d_outs)
-    copies = math.ceil(BEYOND_CACHES / (d * width * dtype.itemsize))
-    weights = [torch.randn(d, width, dtype=dtype, **own) for _ in range(copies)]
-    apart = [[part.view(-1, d) for part in w.view(-1).split([n * d for n in d_outs])] for w in weights]
+    copies = math.ceil(BEYOND_CACHES / (d * sum(d_outs) * dtype.itemsize))
+    weights_t = [torch.randn(d, sum(d_outs), dtype=dtype, **own) for _ in range(copies)]
+    weights = [[part.view(-1, d) for part in w.view(-1).split([n * d for n in d_outs])] for w in weights_t]
+    z = torch.randn(len(d_outs), rows, d, dtype=dtype, **own)
     count = max(8, copies)
 
-    def times(rows: int) -> Measured:
-        z = torch.randn(parts, rows, d, dtype=dtype, **own)
-        together = _microseconds(lambda i: z @ weights[i % copies], count)
-        dense = _microseconds(lambda i: [F.linear(x, w) for x, w in zip(z, apart[i % copies], strict=True)], count)
-        return Measured((rows,), together, together, dense)
+    def apart(i: int) -> list[Tensor]:
+        return [F.linear(x, w) for x, w in zip(z, weights[i % copies], strict=True)]
 
-    best, slower = Measured((0,), 0, 0, 0), 0
-    for rows in TOGETHER:
-        found = times(rows)
-        if found.full < found.dense:
-            best, slower = found, 0
-        elif (slower := slower + 1) == 2:  # one may be noise
-            break
-    return best if best.cut[0] else found._replace(cut=(0,))
+    def together(i: int) -> Tensor:
+        return z @ weights_t[i % copies]
+
+    def batched(i: int) -> list[Tensor]:
+        return [
+            F.linear(z[first], weights[i % copies][first]) if n == 1 else torch.bmm(z[first : first + n], columns)
+            for first, n, columns in runs(weights_t[i % copies], d_outs)
+        ]
+
+    dense = _microseconds(apart, count)
+    times = [dense, math.inf, math.inf]
+    if rows <= MULTIPLIED:
+        times[1] = _microseconds(together, count)
+    if len(list(runs(weights_t[0], d_outs))) < len(d_outs):
+        times[2] = _microseconds(batched, count)
+    limit = dense * (1 + WORTH if dense / len(d_outs) < LAUNCH else 1 - WORTH)
+    best = min((i for i in (1, 2) if times[i] <= limit), key=times.__getitem__, default=0)
+    return Measured((best,), times[best], times[best], dense)
 
 
 def _microseconds(call: Callable[[int], Any], count: int) -> float:

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 MOST = 1 << 26  # elements of a mask that is looked at
 COMPARISONS = {operator.le, operator.lt, operator.ge, operator.gt, operator.eq, operator.ne}
+AS_METHODS = {f"__{compare.__name__}__" for compare in COMPARISONS}  # torch 2.11 traces some so
 WHOLE = {torch.bool, torch.int32, torch.int64}
 
 
@@ -160,7 +161,7 @@ def _is_local(node: fx.Node, named: set[str]) -> bool:
         return len(inputs) == 1 and isinstance(node.args[1], int)
     if target in (operator.and_, operator.or_):  # of whole numbers, bit by bit
         return {_dtype_of(n) for n in inputs} == {torch.bool}
-    return target in COMPARISONS or target in ("unsqueeze", "to")
+    return target in COMPARISONS or target in AS_METHODS or target in ("unsqueeze", "to")
 
 
 def _dtype_of(node: Any) -> torch.dtype | None:

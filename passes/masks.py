@@ -8,6 +8,7 @@ tokens.
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend
 
 from rana_compile.passes.attend import SDPA, arguments, chosen_kernel, dtype_of
@@ -26,8 +27,7 @@ def share_masks(gm: fx.GraphModule) -> int:
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target is SDPA and (dtype := dtype_of(node)) is not None:
             mask = arguments(node).get("attn_mask")
-            wrapped = torch._C._functorch.is_functorch_wrapped_tensor(node.meta["example_value"])
-            if isinstance(mask, fx.Node) and mask.meta["example_value"].dtype == torch.bool and not wrapped:
+            if isinstance(mask, fx.Node) and _are_truths(mask.meta["example_value"]) and not _is_mapped(node):
                 calls.setdefault((mask, dtype), []).append(node)
     found = 0
     shared = {key: users for key, users in calls.items() if len(users) > 1}
@@ -50,6 +50,16 @@ def share_masks(gm: fx.GraphModule) -> int:
     return found
 
 
+def _are_truths(mask: Tensor) -> bool:
+    """Whether it is a plain tensor of them."""
+    return mask.dtype == torch.bool and isinstance(mask, FakeTensor)
+
+
+def _is_mapped(node: fx.Node) -> bool:
+    """Whether it is inside of vmap."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(node.meta["example_value"])
+
+
 def as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to the scores: 0, or -inf where the mask is false.
 
@@ -57,4 +67,5 @@ def as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """
     n = mask.shape[-1]
     wide = mask.new_zeros((*mask.shape[:-1], (n + ALIGNED - 1) // ALIGNED * ALIGNED), dtype=dtype)
-    return wide[..., :n].masked_fill_(~mask, -torch.inf)
+    wide[..., :n].masked_fill_(~mask, -torch.inf)
+    return wide.as_strided(mask.shape, wide.stride())  # of memory, so that Inductor does not compute it for each call

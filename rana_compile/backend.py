@@ -93,8 +93,10 @@ def adapt_graph(
         if training:
             lowerings.append(Lowering(match, entry.family, False, bound.stored))
             continue
-        packed = decode or _is_together(match, weights, entry)
-        buffers = bound.packed(weights) if packed else bound.folded(weights)
+        form = "together" if decode else _stack_form(match, weights, entry)
+        buffers = bound.folded(weights) if form == "apart" else bound.packed(weights)
+        if form == "batched":
+            buffers = {"batched_weight_t" if name == "weight_t" else name: t for name, t in buffers.items()}
         lowerings.append(Lowering(match, entry.family, decode, buffers))
         refresh.append((bound, places))
     masked = sum(low.decode and low.family != "dense" for low in lowerings)
@@ -180,14 +182,14 @@ def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -
     return faster
 
 
-def _is_together(match: Match, weights: Sequence[Tensor], entry: SitePlan) -> bool:
-    """Whether the parts of a masked stack are computed as one product of the packed weights."""
-    rows, site, weight = match.rows, entry.site, weights[0]
-    if rows is None or entry.family != "neuron" or len({w.dtype for w in weights}) > 1:
-        return False
+def _stack_form(match: Match, weights: Sequence[Tensor], entry: SitePlan) -> str:
+    """How the parts of a masked stack are computed where the masked kernels are not: ``ops.stack_form``."""
+    site, weight = entry.site, weights[0]
+    if entry.family != "neuron" or len({w.dtype for w in weights}) > 1:
+        return "apart"
     if torch.is_autocast_enabled(weight.device.type):  # products of another dtype
-        return False
-    return 1 < rows <= ops.most_together(site.d_in, site.d_outs, weight.dtype, weight.device)
+        return "apart"
+    return ops.stack_form(match.rows, site.d_in, site.d_outs, weight.dtype, weight.device)
 
 
 def _is_late(size: torch.SymInt) -> bool:

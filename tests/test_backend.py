@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 import rana_compile
 from rana_compile import Plan
 from rana_compile.adapters import neuron
-from rana_compile.adapters.base import one_product
+from rana_compile.adapters.base import batched, one_product
 from rana_compile.adapters.neuron import neuron_tensors
 from rana_compile.backend import is_left_dense
 from rana_compile.config import BackendOptions
@@ -168,37 +168,37 @@ def test_kernels_take_a_number_of_rows_that_varies(monkeypatch: pytest.MonkeyPat
     assert asked == [None]
 
 
-def test_parts_are_one_product_up_to_the_measured_number_of_rows(
+def test_parts_are_computed_in_the_form_measured_for_their_rows(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not where it varies: one graph serves any number of rows."""
+    """Apart where they vary: one graph serves any number of rows."""
     plan = rana_compile.calibrate(model, tokens(4), 0.6, recipe="neuron", progress=False)
-    together: list[bool] = []
+    forms: set[str] = set()
 
-    def product(*given: Any) -> Any:
-        together.append(True)
-        return one_product(*given)
+    def of(rows: int | None, *_: Any) -> str:
+        return "apart" if rows is None or rows > 30 else "together" if rows <= 20 else "batched"
 
-    monkeypatch.setattr(neuron, "one_product", product)
+    monkeypatch.setattr(neuron, "one_product", lambda *given: forms.add("together") or one_product(*given))
+    monkeypatch.setattr(neuron, "batched", lambda *given: forms.add("batched") or batched(*given))
     monkeypatch.setattr(ops, "masked_is_faster", lambda *_: False)
-    monkeypatch.setattr(ops, "most_together", lambda *_: 20)
+    monkeypatch.setattr(ops, "stack_form", of)
     options = {"plan": plan, "compiler": "eager"}
     with torch.no_grad(), rana_compile.adapted(model, plan) as formulas:
         expected = {n: formulas(input_ids=tokens(1, length=n)[0], use_cache=False).logits for n in (12, 20, 21, 40)}
 
-    def ran(fast: Any, length: int) -> bool:
-        together.clear()
+    def ran(fast: Any, length: int) -> str:
+        forms.clear()
         with torch.no_grad():
             found = fast(input_ids=tokens(1, length=length)[0], use_cache=False).logits
         torch.testing.assert_close(found, expected[length], rtol=1e-4, atol=1e-4)
-        return bool(together)
+        return " and ".join(sorted(forms)) or "apart"
 
     fixed = torch.compile(model, backend="rana", dynamic=False, options=options)
-    assert [ran(fixed, n) for n in (12, 20, 21, 40)] == [True, True, False, False]
+    assert [ran(fixed, n) for n in (12, 20, 21, 40)] == ["together", "together", "batched", "apart"]
     torch.compiler.reset()
     symbolic = torch.compile(model, backend="rana", dynamic=True, options=options)
     with count_compilations() as counts:
-        assert not any(ran(symbolic, n) for n in (12, 20, 21, 40, 12))
+        assert {ran(symbolic, n) for n in (12, 20, 21, 40, 12)} == {"apart"}
     assert counts.graphs == 1
 
 

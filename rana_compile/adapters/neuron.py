@@ -12,7 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rana_compile.adapters.base import Biases, Mask, Tensors, kept, one_product, scale_of, scales, stack, weighed
+from rana_compile.adapters.base import (
+    Biases,
+    Mask,
+    Tensors,
+    batched,
+    kept,
+    one_product,
+    scale_of,
+    scales,
+    stack,
+    weighed,
+)
 from rana_compile.types import Site
 
 
@@ -40,6 +51,8 @@ class Neuron:
         masked = [kept(x, x, t, s) for t, s in zip(tensors["threshold"].unbind(), factors, strict=True)]
         if "weight_t" in tensors:
             return one_product(masked, tensors["weight_t"], biases, site.d_outs)
+        if "batched_weight_t" in tensors:
+            return batched(masked, weights, tensors["batched_weight_t"], biases, site.d_outs)
         return tuple(F.linear(z, w, b) for z, w, b in zip(masked, weights, biases, strict=True))
 
     def pack(self, site: Site, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:

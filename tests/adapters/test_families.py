@@ -1,5 +1,6 @@
 """Every family against the formula in float64, its kernels against its plain form, and its cost by hand."""
 
+import dataclasses
 from itertools import pairwise
 
 import pytest
@@ -73,13 +74,20 @@ def test_kernels_compute_the_plain_form(family: str, dtype: torch.dtype) -> None
     torch.testing.assert_close(fast, plain, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
 
 
-def test_parts_as_one_product_are_the_plain_form() -> None:
-    weights, biases = weights_of("neuron")
-    family, x = FAMILIES["neuron"], torch.randn(3, 2, D_IN)
-    tensors = stored("neuron", weights, 0.6)
-    plain = family.forward(STACK, x, weights, biases, tensors)
-    together = family.forward(STACK, x, weights, biases, family.pack(STACK, weights, tensors))
-    assert len(plain) == len(together) == len(D_OUTS)
+@pytest.mark.parametrize("name", ["weight_t", "batched_weight_t"])
+@pytest.mark.parametrize("rows", [(6,), (3, 2)])
+@pytest.mark.parametrize("d_outs", [D_OUTS, (7, 7, 3), (3, 7, 7), (5, 5), (4, 4, 4)])
+def test_parts_computed_together_are_the_plain_form(name: str, rows: tuple[int, ...], d_outs: tuple[int, ...]) -> None:
+    site = dataclasses.replace(STACK, d_outs=d_outs, weights=STACK.weights[: len(d_outs)])
+    weights = [torch.randn(n, D_IN) for n in d_outs]
+    biases = [torch.randn(d_outs[0]), *[None] * (len(d_outs) - 1)]
+    family, x = FAMILIES["neuron"], torch.randn(*rows, D_IN)
+    tensors = {k: t[: len(d_outs)] for k, t in stored("neuron", weights, 0.6).items()}
+    plain = family.forward(site, x, weights, biases, tensors)
+    packed = family.pack(site, weights, tensors)
+    packed[name] = packed.pop("weight_t")
+    together = family.forward(site, x, weights, biases, packed)
+    assert len(plain) == len(together) == len(d_outs)
     for one, other in zip(plain, together, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 

@@ -296,13 +296,24 @@ def test_an_unknown_activation_is_an_error_without_running() -> None:
         torch.ops.rana.gated_mlp(*meta, "swish")
 
 
-def test_parts_are_never_computed_together_where_that_cannot_pay() -> None:
-    cpu = torch.device("cpu")
-    assert ops.most_together(12, (6, 4, 4), torch.float32, cpu) == 0  # multiply-adds are the limit
-    cuda = torch.device("cuda", 0)  # nothing is measured there:
-    assert ops.most_together(12, (6,), torch.float32, cuda) == 0
-    assert ops.most_together(12, (0, 0), torch.float32, cuda) == ops.most_together(0, (6, 4), torch.float32, cuda) == 0
-    assert ops.most_together(12, (6, 4), torch.float32, torch.device("meta")) == 0
+@pytest.mark.parametrize(
+    ("rows", "d", "d_outs", "dtype", "device"),
+    [
+        (20, 12, (6, 4, 4), torch.float32, "cpu"),  # multiply-adds are the limit
+        # nothing is measured there:
+        (20, 12, (6,), torch.float32, "cuda"),
+        (20, 12, (0, 0), torch.float32, "cuda"),
+        (20, 0, (6, 4), torch.float32, "cuda"),
+        (1, 12, (6, 4), torch.float32, "cuda"),
+        (None, 12, (6, 4), torch.float32, "cuda"),
+        (20, 12, (6, 4), torch.float64, "cuda"),
+        (20, 12, (6, 4), torch.float32, "meta"),
+    ],
+)
+def test_parts_stay_apart_where_nothing_else_can_pay(
+    rows: int | None, d: int, d_outs: tuple[int, ...], dtype: torch.dtype, device: str
+) -> None:
+    assert ops.stack_form(rows, d, d_outs, dtype, torch.device(device)) == "apart"
 
 
 def test_a_device_without_kernels_is_an_error() -> None:

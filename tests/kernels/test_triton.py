@@ -230,19 +230,19 @@ def test_measurements_are_kept_and_leave_the_random_numbers_alone(
 
 
 @on_gpu
-def test_one_product_of_all_parts_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_form_of_a_stack_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rana_compile.kernels import ops, tuning
 
     monkeypatch.setenv("RANA_COMPILE_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "_known", {})
     device = torch.empty(0, device=DEVICE).device
     before = torch.cuda.get_rng_state()
-    most = ops.most_together(576, (576, 192, 192), torch.bfloat16, device)
+    form = ops.stack_form(100, 576, (576, 192, 192), torch.bfloat16, device)
     assert torch.equal(torch.cuda.get_rng_state(), before)
-    assert most in (0, *tuning.TOGETHER)
+    assert form in tuning.FORMS
     tuning._known.clear()
-    monkeypatch.setattr(tuning, "_measure_together", None)
-    assert ops.most_together(576, (576, 192, 192), torch.bfloat16, device) == most
+    monkeypatch.setattr(tuning, "_measure_stack", None)
+    assert ops.stack_form(120, 576, (576, 192, 192), torch.bfloat16, device) == form
     assert len(list(tmp_path.iterdir())) == 1
 
 

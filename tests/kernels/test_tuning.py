@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 from rana_compile.kernels import tuning
@@ -58,25 +57,50 @@ def test_rows_fetched_early_stay_within_what_memory_gives_meanwhile(programs: in
     assert tuning.early_rows(programs, 256, rows) == early
 
 
-@pytest.mark.parametrize(("slower_from", "most"), [(16, 0), (17, 16), (200, 128), (10**9, max(tuning.TOGETHER))])
-def test_the_most_rows_for_which_one_product_is_faster(
-    slower_from: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+TIMES = {"apart": 1.0, "together": 1.0, "batched": 1.0}  # of a stack, relative to one product each
+
+
+@pytest.mark.parametrize(
+    ("rows", "launch", "times", "form"),
+    [
+        (100, 0.0, TIMES, "apart"),
+        (100, 0.0, TIMES | {"batched": 0.97}, "batched"),
+        (100, 0.0, TIMES | {"batched": 0.97, "together": 0.9}, "together"),
+        (100, 1e9, TIMES | {"together": 1.01}, "batched"),  # one kernel less
+        (100, 1e9, TIMES | {"batched": 1.03, "together": 1.03}, "apart"),
+        (5000, 0.0, TIMES | {"together": 0.1}, "apart"),  # it is not tried for so many
+    ],
+)
+def test_a_stack_is_computed_in_the_form_that_is_fastest(
+    rows: int, launch: float, times: dict[str, float], form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Tensor] = []
+    seen: dict[str, Any] = {}
 
     def microseconds(call: Callable[[int], Any], count: int) -> float:
-        found = call(0)
-        seen.append(found if isinstance(found, Tensor) else torch.cat(found, dim=-1))
-        return max(seen[-1].shape[-2], slower_from) if isinstance(found, Tensor) else slower_from + 0.5 - (most == 0)
+        seen[call.__name__] = call(0)
+        return times[call.__name__]
 
-    monkeypatch.setattr(tuning, "_file", lambda case: tmp_path / "together.json")
+    monkeypatch.setattr(tuning, "_file", lambda case: tmp_path / "stack.json")
     monkeypatch.setattr(tuning, "_microseconds", microseconds)
     monkeypatch.setattr(tuning, "BEYOND_CACHES", 1)
+    monkeypatch.setattr(tuning, "LAUNCH", launch)
     monkeypatch.setattr(tuning, "_known", {})
-    stack = tuning.Stack(8, (6, 4, 2), torch.float32, torch.device("cpu"))
-    assert tuning.measured_together(stack).cut == (most,)
+    stack = tuning.Stack(rows, 8, (6, 4, 4), torch.float32, torch.device("cpu"))
+    assert tuning.form_of(stack) == form
     tuning._known.clear()
-    count = len(seen)
-    assert tuning.measured_together(stack).cut == (most,) and len(seen) == count  # from the file
-    assert [t.shape[-1] for t in seen] == [12] * count
-    assert [t.shape[:-1] for t in seen[:2]] == [(3, 16), (16,)]
+    measured = 128 if rows == 100 else 8192
+    assert [y.shape for y in seen["apart"]] == [(measured, 6), (measured, 4), (measured, 4)]
+    assert [y.shape for y in seen["batched"]] == [(measured, 6), (2, measured, 4)]
+    assert ("together" in seen) == (rows == 100) and seen.get("together", torch.empty(3, 128, 14)).shape == (3, 128, 14)
+    seen.clear()
+    assert tuning.form_of(stack) == form and not seen  # from the file
+
+
+def test_parts_of_other_widths_are_no_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(tuning, "_file", lambda case: tmp_path / "stack.json")
+    monkeypatch.setattr(tuning, "_microseconds", lambda call, count: tried.append(call.__name__) or 1.0)
+    monkeypatch.setattr(tuning, "BEYOND_CACHES", 1)
+    monkeypatch.setattr(tuning, "_known", {})
+    tuning.form_of(tuning.Stack(20, 8, (6, 4, 6), torch.float32, torch.device("cpu")))
+    assert tried == ["apart", "together"]

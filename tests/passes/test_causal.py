@@ -159,6 +159,7 @@ CAUSAL: dict[str, Callable[[Tensor], Tensor]] = {
     "one sequence": unpacked,
     "of each sequence": lambda q: unpacked(q).expand(q.shape[0], -1, q.shape[2], q.shape[2]),
     "an empty prefix": lambda q: in_prefix(q, 0),
+    "by methods": lambda q: steps(q).__le__(steps(q)[:, None]) & counts(q).__ge__(0),
     "any count": lambda q: written_out(q) & (counts(q)[steps(q)] >= 0),
 }
 NOT_CAUSAL: dict[str, Callable[[Tensor], Tensor]] = {
@@ -183,6 +184,7 @@ NOT_CAUSAL: dict[str, Callable[[Tensor], Tensor]] = {
     "lookups of lookups": lambda q: written_out(q) & (counts(q)[counts(q)][counts(q)] < 50),
     "bits": lambda q: written_out(q) & ((steps(q) & doubled(torch.arange(2)[1], 7)) == 0),
     "after itself": lambda q: written_out(q) & (torch.diff(steps(q), prepend=steps(q))[steps(q)] > -40),
+    "a number by a method": lambda q: written_out(q) & steps(q).__ne__(140),
     "against a number": lambda q: written_out(q) & (140 - steps(q) > 0),
     "an input": lambda q: written_out(q) & (q[:1, :1, :, :1] < 100),
     "of few bits": lambda q: written_out(q) & (steps(q).to(torch.int8) > -1),

@@ -1,5 +1,6 @@
 """Attention masks that calls share: numbers that are made once, of the same meaning, and of no mask that changes."""
 
+import re
 from typing import Any
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from support import graph_and_inputs, graph_of, plan_of
 from torch import Tensor, nn
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.utils import run_and_get_code
 from torch.nn.attention import SDPBackend
 
 from rana_compile.backend import adapt_graph
@@ -97,6 +100,24 @@ def test_a_mask_that_calls_share_becomes_numbers_once(dynamic: bool, write: str)
     found_masks = {arguments(node)["attn_mask"] for node in gm.graph.nodes if node.target is SDPA}
     assert [mask.target for mask in found_masks] == [as_numbers]
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("keys", [40, 37])
+def test_inductor_makes_the_numbers_once(keys: int, dynamic: bool) -> None:
+    """It computes what is cheap anew for each call that reads it, unless it lies in memory."""
+    given = *(torch.randn(2, 6, n, 16) for n in (7, keys, keys)), seen_by(keys=keys)
+
+    def compiler(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        assert share_masks(gm) == 1
+        return compile_fx(gm, example_inputs)
+
+    module = Stacked()
+    with torch.no_grad():
+        found, (code,) = run_and_get_code(torch.compile(module, backend=compiler, dynamic=dynamic), *given)
+    given_masks = re.findall(r"attn_mask=(?:reinterpret_tensor\()?(\w+)", code)
+    assert len(given_masks) == 3 and len(set(given_masks)) == 1
+    torch.testing.assert_close(found, module(*given), equal_nan=True)
 
 
 @pytest.mark.parametrize(
