@@ -7,9 +7,10 @@ dense form in plain torch, which Inductor fuses and autograd differentiates. Fit
 lifted inputs: the code depends on shapes alone, so a cached artefact is never stale.
 """
 
+import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,12 +31,14 @@ class Lowering:
         decode: through the masked kernels (one dtype, no gradients).
         buffers: tensors of the form chosen; keys as the family's ``pack`` (decode, and parts computed together) or
             ``stored`` and ``derive``.
+        fitted: [n], of which some buffers are views: these become one input of the graph.
     """
 
     match: Match
     family: str
     decode: bool
     buffers: Tensors
+    fitted: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,35 @@ def copy_dynamo_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node,
 
 
 def _buffers(gm: fx.GraphModule, lowering: Lowering) -> dict[str, fx.Node]:
-    return {name: _buffer(gm, lowering.match, name, t) for name, t in lowering.buffers.items()}
+    match, fitted = lowering.match, lowering.fitted
+    if fitted is None or not len(fitted):
+        return {name: _buffer(gm, match, name, t) for name, t in lowering.buffers.items()}
+    nodes, one = {}, _buffer(gm, match, "fitted", fitted)
+    for name, t in lowering.buffers.items():
+        if t.untyped_storage().data_ptr() == fitted.untyped_storage().data_ptr():
+            with gm.graph.inserting_after(one):
+                nodes[name] = gm.graph.call_function(_part, (one, t.storage_offset(), t.shape))
+        else:
+            nodes[name] = _buffer(gm, match, name, t)
+    return nodes
+
+
+def _part(fitted: Tensor, start: int, sizes: Sequence[int]) -> Tensor:
+    return fitted.narrow(0, start, math.prod(sizes)).view(sizes)
+
+
+def drop_unused(gm: fx.GraphModule, places: Iterable[int]) -> list[int]:
+    """Remove the inputs at these places that no longer have a user, in place. Returns the places of those that stay.
+
+    Each input costs something at every call, and most in CUDA graphs.
+    """
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    unused = {i for i in places if not inputs[i].users}
+    for i in unused:
+        gm.graph.erase_node(inputs[i])
+    if unused:
+        gm.recompile()
+    return [i for i in range(len(inputs)) if i not in unused]
 
 
 def _buffer(gm: fx.GraphModule, match: Match, name: str, tensor: Tensor) -> fx.Node:

@@ -19,7 +19,7 @@ from rana_compile.passes.find import bind_sites
 from rana_compile.passes.fuse import fuse_gated_mlps
 from rana_compile.passes.masks import share_masks
 from rana_compile.passes.match import Found, Match
-from rana_compile.passes.rewrite import Lowering, copy_dynamo_graph, rewrite
+from rana_compile.passes.rewrite import Lowering, copy_dynamo_graph, drop_unused, rewrite
 from rana_compile.plan import Plan, SitePlan, weight_hash
 from rana_compile.profiled import profiled
 from rana_compile.types import parameter_filter
@@ -51,8 +51,12 @@ def rana(
         if plan is None:
             return _compile(copy_dynamo_graph(gm)[0], inputs, parsed)  # compilers change what they get
         adapted, refresh = adapt_graph(gm, inputs, plan, parsed)
-        compiled = _compile(adapted, inputs, parsed, are_guarded(inputs, parsed))
-        return _refreshing(compiled, refresh, parsed.free_dense_weights) if refresh else compiled
+        guarded = are_guarded(inputs, parsed)
+        left = drop_unused(adapted, {i for _, places in refresh for i in places})
+        compiled = _compile(adapted, [inputs[i] for i in left], parsed, guarded)
+        if not refresh:
+            return compiled
+        return _refreshing(compiled, refresh, _choice(left, len(inputs)), parsed.free_dense_weights)
 
     if parsed.plan is None:
         return profiled(gm, example_inputs, parsed, compile_graph)
@@ -97,7 +101,7 @@ def adapt_graph(
         buffers = bound.folded(weights) if form == "apart" else bound.packed(weights)
         if form == "batched":
             buffers = {"batched_weight_t" if name == "weight_t" else name: t for name, t in buffers.items()}
-        lowerings.append(Lowering(match, entry.family, decode, buffers))
+        lowerings.append(Lowering(match, entry.family, decode, buffers, None if decode else bound.fitted))
         refresh.append((bound, places))
     masked = sum(low.decode and low.family != "dense" for low in lowerings)
     changed = sum(low.family != "dense" for low in lowerings)
@@ -224,10 +228,21 @@ def _compile(
     return compiled
 
 
-def _refreshing(compiled: Callable[..., Any], refresh: Refresh, share: bool) -> Callable[..., Any]:
+Choose = Callable[[tuple[Any, ...]], Sequence[Any]]
+
+
+def _choice(places: Sequence[int], among: int) -> Choose:
+    """What gives the inputs at these places, of so many."""
+    if len(places) == among:
+        return tuple  # the same one
+    return itemgetter(*places) if len(places) > 1 else lambda args: [args[i] for i in places]
+
+
+def _refreshing(compiled: Callable[..., Any], refresh: Refresh, taken: Choose, share: bool) -> Callable[..., Any]:
     """Packed copies follow the weights: checked before each call, rewritten in place if a weight changed.
 
-    With ``share`` the weights become views of them after the first call, whose strides the graph was compiled for.
+    ``compiled`` is given the inputs that are ``taken``. With ``share`` the weights become views of the
+    copies after the first call, whose strides the graph was compiled for.
     """
 
     watched = {i for _, places in refresh for i in places}
@@ -241,7 +256,7 @@ def _refreshing(compiled: Callable[..., Any], refresh: Refresh, share: bool) -> 
             for bound, places in refresh:
                 bound.refresh([args[i] for i in places])
             seen = now
-        result = compiled(*args)
+        result = compiled(*taken(args))
         if share:
             share = False
             for bound, places in refresh:

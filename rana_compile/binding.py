@@ -25,6 +25,8 @@ LESS_MEMORY = (
 Stamp = tuple[list[int], list[int]]  # where weights lie, and how often each was written
 SAMPLE = 4096  # elements of each weight that are remembered
 _THRESHOLDS = {"threshold", "gate_threshold"}  # what a refit changes
+_FITTED = _THRESHOLDS | {"probe"}  # what lies in one tensor
+_ALIGNED = 32  # elements of it
 REPLACED = 0.5  # relative change of them from which weights are others, not the same ones trained further
 _PLACE, _VERSION = Tensor.data_ptr, attrgetter("_version")
 
@@ -54,6 +56,7 @@ class Bound:
     """One adapted site and its live weights (as the model stores them).
 
     Attributes:
+        fitted: [n], thresholds and probes one after another. What ``stored`` and others hold of them are views of it.
         folded: what the plan stores and what derives from the weights, for the masked dense form.
         packed: layouts for the masked kernels.
     """
@@ -64,10 +67,9 @@ class Bound:
         self._check = check
         self.device = weights[0].device
         self._family = FAMILIES[entry.family]
-        self._stored: Tensors = {
-            k: t.to(self.device, copy=k in _THRESHOLDS)  # overwritten by a refit; the plan's own stay
-            for k, t in entry.tensors.items()
-        }
+        with plainly():  # copies: a refit overwrites them, the plan's own stay
+            self.fitted, views = _in_one({k: t.to(self.device) for k, t in entry.tensors.items() if k in _FITTED})
+        self._stored: Tensors = {k: views[k] if k in views else t.to(self.device) for k, t in entry.tensors.items()}
         self._folded: Tensors | None = None
         self._packed: Tensors | None = None
         self._stamp = stamp(weights)
@@ -147,6 +149,20 @@ class Bound:
 def _copy(old: Tensors, new: Tensors) -> None:
     for name, tensor in new.items():
         old[name].copy_(tensor)
+
+
+def _in_one(tensors: Tensors) -> tuple[Tensor, Tensors]:
+    """One tensor [n] that holds copies of all, and views of it; one input of a graph costs less than several."""
+    starts, n = {}, 0
+    for name, t in tensors.items():
+        starts[name], n = n, n + -(-t.numel() // _ALIGNED) * _ALIGNED
+    first = next(iter(tensors.values()), torch.empty(0))
+    one = first.new_zeros(n)
+    views = {name: one.narrow(0, start, tensors[name].numel()) for name, start in starts.items()}
+    views = {name: view.view(tensors[name].shape) for name, view in views.items()}
+    for name, view in views.items():
+        view.copy_(tensors[name])
+    return one, views
 
 
 def _sample(weights: Sequence[Tensor]) -> Tensor:

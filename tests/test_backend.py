@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import rana_compile
-from rana_compile import Plan
+from rana_compile import Plan, backend
 from rana_compile.adapters import neuron
 from rana_compile.adapters.base import batched, one_product
 from rana_compile.adapters.neuron import neuron_tensors
@@ -200,6 +200,37 @@ def test_parts_are_computed_in_the_form_measured_for_their_rows(
     with count_compilations() as counts:
         assert {ran(symbolic, n) for n in (12, 20, 21, 40, 12)} == {"apart"}
     assert counts.graphs == 1
+
+
+@pytest.mark.parametrize(("form", "gone"), [("apart", ()), ("batched", ("k_proj", "v_proj")), ("together", ("_proj",))])
+def test_a_prompts_graph_has_one_input_for_what_was_fitted_and_none_that_nobody_reads(
+    form: str, gone: tuple[str, ...], model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = rana_compile.calibrate(model, tokens(4), 0.6, recipe="neuron", progress=False)
+    compile_graph, graphs = backend._compile, []
+
+    def compiler(gm: torch.fx.GraphModule, inputs: list[Any], *rest: Any) -> Any:
+        nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        assert len(nodes) == len(inputs) and all(node.users for node in nodes)
+        graphs.append(([node.target for node in nodes], dict(gm.named_buffers())))
+        return compile_graph(gm, inputs, *rest)
+
+    monkeypatch.setattr(backend, "_compile", compiler)
+    monkeypatch.setattr(ops, "masked_is_faster", lambda *_: False)
+    monkeypatch.setattr(ops, "stack_form", lambda _, d, d_outs, *__: form if len(d_outs) > 1 else "apart")
+    fast = torch.compile(model, backend="rana", dynamic=False, options={"plan": plan, "compiler": "eager"})
+    (ids,) = tokens(1)
+    with torch.no_grad(), rana_compile.adapted(model, plan) as formulas:
+        expected = formulas(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(fast(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+    ((inputs, buffers),) = graphs
+    stacks = [e.site.weights for e in plan.adapted if len(e.site.weights) > 1]
+    unused = [name for names in stacks for name in names if any(part in name for part in gone)]
+    assert (form == "apart") == (not unused)
+    assert not [i for i in inputs for name in unused if name.replace(".", "_") in i]
+    fitted = [name for name in buffers if name.startswith("rana_") and name.endswith("_fitted")]
+    assert len(fitted) == len(plan.adapted) > 0
+    assert len([n for n in buffers if n.startswith("rana_")]) - len(fitted) == (len(stacks) if form != "apart" else 0)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
