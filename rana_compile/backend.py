@@ -18,7 +18,7 @@ from rana_compile.passes.expand import expand
 from rana_compile.passes.find import bind_sites
 from rana_compile.passes.fuse import fuse_gated_mlps
 from rana_compile.passes.masks import share_masks
-from rana_compile.passes.match import Found, Match
+from rana_compile.passes.match import Found, Match, writes_inputs
 from rana_compile.passes.rewrite import Lowering, copy_dynamo_graph, drop_unused, rewrite
 from rana_compile.plan import Plan, SitePlan, weight_hash
 from rana_compile.profiled import profiled
@@ -56,7 +56,8 @@ def rana(
         compiled = _compile(adapted, [inputs[i] for i in left], parsed, guarded)
         if not refresh:
             return compiled
-        return _refreshing(compiled, refresh, _choice(left, len(inputs)), parsed.free_dense_weights)
+        late = inputs[refresh[0][1][0]].device.type in MEANWHILE and not writes_inputs(gm.graph)
+        return _refreshing(compiled, refresh, _choice(left, len(inputs)), parsed.free_dense_weights, late)
 
     if parsed.plan is None:
         return profiled(gm, example_inputs, parsed, compile_graph)
@@ -65,6 +66,7 @@ def rana(
     return profiled(gm, example_inputs, parsed, compile_graph, (plan, Found(matches, (), ())))
 
 
+MEANWHILE = {"cuda"}  # devices that compute while the host goes on
 Refresh = list[tuple[Bound, tuple[int, ...]]]  # a bound site and the positions of its weights among the inputs
 
 
@@ -238,11 +240,14 @@ def _choice(places: Sequence[int], among: int) -> Choose:
     return itemgetter(*places) if len(places) > 1 else lambda args: [args[i] for i in places]
 
 
-def _refreshing(compiled: Callable[..., Any], refresh: Refresh, taken: Choose, share: bool) -> Callable[..., Any]:
+def _refreshing(
+    compiled: Callable[..., Any], refresh: Refresh, taken: Choose, share: bool, late: bool = False
+) -> Callable[..., Any]:
     """Packed copies follow the weights: checked before each call, rewritten in place if a weight changed.
 
     ``compiled`` is given the inputs that are ``taken``. With ``share`` the weights become views of the
-    copies after the first call, whose strides the graph was compiled for.
+    copies after the first call, whose strides the graph was compiled for. With ``late`` they are checked while the
+    device computes, which starts again if one did; it must not have written to an input then.
     """
 
     watched = {i for _, places in refresh for i in places}
@@ -251,6 +256,11 @@ def _refreshing(compiled: Callable[..., Any], refresh: Refresh, taken: Choose, s
 
     def call(*args: Any) -> Any:
         nonlocal seen, share
+        if late and seen[0]:
+            result = compiled(*taken(args))
+            if stamp(weights_of(args)) == seen:
+                return result
+            del result
         now = stamp(weights_of(args))
         if now != seen:
             for bound, places in refresh:

@@ -20,7 +20,7 @@ from rana_compile.backend import is_left_dense
 from rana_compile.config import BackendOptions
 from rana_compile.kernels import ops
 from rana_compile.testing import count_compilations
-from rana_compile.types import Site
+from rana_compile.types import PlanError, Site
 
 
 @pytest.fixture(scope="module")
@@ -256,18 +256,45 @@ def test_plan_by_path_and_wrapper(model: nn.Module, plan: Plan, tmp_path: Path) 
     torch.testing.assert_close(by_path, by_value)
 
 
-def test_weights_changed_in_place_are_followed(model: nn.Module) -> None:
-    """Packed copies never answer for weights that are gone."""
-    layer = nn.Sequential(nn.Linear(32, 48, bias=False))
-    site = Site("0", "linear", ("0.weight",), 32, (48,))
-    plan = plan_of(layer, (site, "neuron", neuron_tensors(torch.full((1, 32), 0.3))))
-    fast = torch.compile(layer, backend="rana", options={"plan": plan})
-    x = torch.randn(1, 32)
+class Counting(nn.Module):
+    """A linear, and how often it ran, unless it is not to write."""
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.linear, self.writes = nn.Linear(32, 48, bias=False), writes
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.writes:
+            self.runs.add_(1)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("meanwhile", [set(), {"cpu"}], ids=["checked before", "checked meanwhile"])
+@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("rows", [1, 50])
+def test_weights_changed_in_place_are_followed(
+    rows: int, writes: bool, meanwhile: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed copies never answer for weights that are gone, and nothing that writes runs twice."""
+    monkeypatch.setattr(backend, "MEANWHILE", meanwhile)
+    module = Counting(writes)
+    site = Site("linear", "linear", ("linear.weight",), 32, (48,))
+    plan = plan_of(module, (site, "neuron", neuron_tensors(torch.full((1, 32), 0.3))))
+    fast = torch.compile(module, backend="rana", options={"plan": plan})
+    x, weight = torch.randn(rows, 32), module.linear.weight
     kept = x * (x.abs() >= 0.3)
     with torch.no_grad():
-        torch.testing.assert_close(fast(x), kept @ layer[0].weight.t())
-        layer[0].weight.mul_(1.1)
-        torch.testing.assert_close(fast(x), kept @ layer[0].weight.t())
+        torch.testing.assert_close(fast(x), kept @ weight.t())
+        weight.mul_(1.1)
+        torch.testing.assert_close(fast(x), kept @ weight.t())
+        weight.mul_(1.1)
+        torch.testing.assert_close(fast(x), kept @ weight.t())
+        torch.testing.assert_close(fast(x), kept @ weight.t())
+        assert module.runs == (4 if writes else 0)
+        weight.copy_(torch.randn(48, 32))
+        with pytest.raises(PlanError, match="overwritten"):
+            fast(x)
 
 
 def test_training_changes_the_users_weights_with_the_formulas_gradient() -> None:
