@@ -66,6 +66,8 @@ def rana(
     return profiled(gm, example_inputs, parsed, compile_graph, (plan, Found(matches, (), ())))
 
 
+COPIED = 2**23  # bytes of a gated site's weights that are copied for its prompts alone
+_STACKED = {"together": "weight_t", "batched": "batched_weight_t"}  # what the families know the weights by
 MEANWHILE = {"cuda"}  # devices that compute while the host goes on
 Refresh = list[tuple[Bound, tuple[int, ...]]]  # a bound site and the positions of its weights among the inputs
 
@@ -99,10 +101,10 @@ def adapt_graph(
         if training:
             lowerings.append(Lowering(match, entry.family, False, bound.stored))
             continue
-        form = "together" if decode else _stack_form(match, weights, entry)
-        buffers = bound.folded(weights) if form == "apart" else bound.packed(weights)
-        if form == "batched":
-            buffers = {"batched_weight_t" if name == "weight_t" else name: t for name, t in buffers.items()}
+        form = "apart" if decode else _stack_form(match, weights, entry)
+        buffers = bound.packed(weights) if decode else bound.folded(weights)
+        if form != "apart":
+            buffers = buffers | {_STACKED[form]: bound.stacked(weights)}
         lowerings.append(Lowering(match, entry.family, decode, buffers, None if decode else bound.fitted))
         refresh.append((bound, places))
     masked = sum(low.decode and low.family != "dense" for low in lowerings)
@@ -191,7 +193,9 @@ def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -
 def _stack_form(match: Match, weights: Sequence[Tensor], entry: SitePlan) -> str:
     """How the parts of a masked stack are computed where the masked kernels are not: ``ops.stack_form``."""
     site, weight = entry.site, weights[0]
-    if entry.family != "neuron" or len({w.dtype for w in weights}) > 1:
+    if entry.family not in ("neuron", "gated") or len({w.dtype for w in weights}) > 1:
+        return "apart"
+    if entry.family == "gated" and sum(w.nbytes for w in weights) > COPIED:
         return "apart"
     if torch.is_autocast_enabled(weight.device.type):  # products of another dtype
         return "apart"

@@ -15,6 +15,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rana_compile.adapters import FAMILIES, Tensors
+from rana_compile.adapters.base import stack
 from rana_compile.memory import naming_remedy
 from rana_compile.plan import Plan, SitePlan
 from rana_compile.types import PlanError
@@ -72,6 +73,7 @@ class Bound:
         self._stored: Tensors = {k: views[k] if k in views else t.to(self.device) for k, t in entry.tensors.items()}
         self._folded: Tensors | None = None
         self._packed: Tensors | None = None
+        self._stacked: Tensors | None = None
         self._stamp = stamp(weights)
         self._sample = _sample(weights)
 
@@ -80,9 +82,13 @@ class Bound:
         return self._stored
 
     @property
+    def _held(self) -> tuple[Tensors, ...]:
+        return self._stored, self._folded or {}, self._packed or {}, self._stacked or {}
+
+    @property
     def buffers(self) -> list[Tensor]:
         """All tensors that this site holds so far."""
-        return [t for held in (self._stored, self._folded or {}, self._packed or {}) for t in held.values()]
+        return [t for held in self._held for t in held.values()]
 
     def folded(self, weights: Sequence[Tensor]) -> Tensors:
         if self._folded is None:
@@ -95,6 +101,15 @@ class Bound:
             with plainly(), naming_remedy(LESS_MEMORY):
                 self._packed = self._pack(weights)
         return self._packed
+
+    def stacked(self, weights: Sequence[Tensor]) -> Tensor:
+        """The weights side by side, [d_in, d_out]: of a neuron adapter what is packed, else a copy."""
+        if self.entry.family == "neuron":
+            return self.packed(weights)["weight_t"]
+        if self._stacked is None:
+            with plainly(), naming_remedy(LESS_MEMORY):
+                self._stacked = self._stack(weights)
+        return self._stacked["weight_t"]
 
     def refresh(self, weights: Sequence[Tensor]) -> None:
         """Bring what was derived from the weights up to date, in place, if the weights have changed.
@@ -129,6 +144,8 @@ class Bound:
                 _copy(self._folded, self._stored | self._derive(weights))
             if self._packed is not None:
                 _copy(self._packed, self._pack(weights))
+            if self._stacked is not None:
+                _copy(self._stacked, self._stack(weights))
 
     def share(self, weights: Sequence[Tensor]) -> None:
         """Let the parameters be views of the packed layouts, where those hold them; their own memory is freed."""
@@ -140,6 +157,9 @@ class Bound:
 
     def _derive(self, weights: Sequence[Tensor]) -> Tensors:
         return self._family.derive(self.entry.site.oriented(weights), self._stored)
+
+    def _stack(self, weights: Sequence[Tensor]) -> Tensors:
+        return {"weight_t": stack(self.entry.site.oriented(weights)).t().contiguous()}
 
     def _pack(self, weights: Sequence[Tensor]) -> Tensors:
         site = self.entry.site

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import rana_compile
 from rana_compile import Plan, backend
-from rana_compile.adapters import neuron
+from rana_compile.adapters import base
 from rana_compile.adapters.base import batched, one_product
 from rana_compile.adapters.neuron import neuron_tensors
 from rana_compile.backend import is_left_dense
@@ -178,8 +178,8 @@ def test_parts_are_computed_in_the_form_measured_for_their_rows(
     def of(rows: int | None, *_: Any) -> str:
         return "apart" if rows is None or rows > 30 else "together" if rows <= 20 else "batched"
 
-    monkeypatch.setattr(neuron, "one_product", lambda *given: forms.add("together") or one_product(*given))
-    monkeypatch.setattr(neuron, "batched", lambda *given: forms.add("batched") or batched(*given))
+    monkeypatch.setattr(base, "one_product", lambda *given: forms.add("together") or one_product(*given))
+    monkeypatch.setattr(base, "batched", lambda *given: forms.add("batched") or batched(*given))
     monkeypatch.setattr(ops, "masked_is_faster", lambda *_: False)
     monkeypatch.setattr(ops, "stack_form", of)
     options = {"plan": plan, "compiler": "eager"}
@@ -200,6 +200,19 @@ def test_parts_are_computed_in_the_form_measured_for_their_rows(
     with count_compilations() as counts:
         assert {ran(symbolic, n) for n in (12, 20, 21, 40, 12)} == {"apart"}
     assert counts.graphs == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "copied", "form"), [("neuron", 0, "batched"), ("gated", 0, "apart"), ("gated", 384, "batched")]
+)
+def test_large_gates_are_not_copied_for_prompts_alone(
+    family: str, copied: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "stack_form", lambda *_: "batched")
+    monkeypatch.setattr(backend, "COPIED", copied)
+    entry = SimpleNamespace(site=Site("", "gate_up", ("a", "b"), 8, (6, 6), activation="silu"), family=family)
+    weights = [torch.zeros(6, 8), torch.zeros(6, 8)]
+    assert backend._stack_form(SimpleNamespace(rows=100), weights, entry) == form
 
 
 @pytest.mark.parametrize(("form", "gone"), [("apart", ()), ("batched", ("k_proj", "v_proj")), ("together", ("_proj",))])

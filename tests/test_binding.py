@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import torch
 from support import plan_of
 from torch import Tensor, nn
@@ -52,3 +53,21 @@ def test_an_adapter_without_thresholds_has_nothing_fitted() -> None:
     site = Site("", "linear", ("weight",), 19, (7,))
     (entry,) = plan_of(linear, (site, "low_rank", {"output_basis": torch.rand(7, 3)})).sites
     assert Bound(entry, [linear.weight]).fitted.numel() == 0
+
+
+@pytest.mark.parametrize("family", ["neuron", "gated"])
+def test_stacked_weights_follow_the_users(family: str) -> None:
+    module = nn.ModuleDict({"gate": nn.Linear(19, 7, bias=False), "up": nn.Linear(19, 7, bias=False)})
+    site = Site("", "gate_up", ("gate.weight", "up.weight"), 19, (7, 7), activation="silu")
+    one = {"threshold": torch.rand(1, 19), "gate_threshold": torch.rand(7), "probe": torch.zeros(0, 20)}
+    tensors = one if family == "gated" else {"threshold": torch.rand(2, 19), "probe": torch.zeros(0, 20)}
+    (entry,) = plan_of(module, (site, family, tensors)).sites
+    weights = list(module.parameters())
+    bound = Bound(entry, weights)
+    stacked = bound.stacked(weights)
+    with torch.no_grad():
+        weights[1].mul_(1.1)
+    assert not torch.equal(stacked, torch.cat(weights).t())
+    bound.refresh(weights)
+    assert torch.equal(stacked, torch.cat(weights).t()) and stacked.is_contiguous()
+    assert bound.stacked(weights) is stacked and any(t is stacked for t in bound.buffers)

@@ -169,6 +169,17 @@ def split_linear(z: Tensor, weight: Tensor, biases: Biases, d_outs: Sequence[int
     return tuple(part if b is None else part + b for part, b in zip(parts, biases, strict=True))
 
 
+def products(
+    inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Biases, tensors: Tensors, d_outs: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """Each part's input [..., d] with its weight [d_out, d]; together where ``tensors`` hold the weights so."""
+    if "weight_t" in tensors:
+        return one_product(inputs, tensors["weight_t"], biases, d_outs)
+    if "batched_weight_t" in tensors:
+        return batched(inputs, weights, tensors["batched_weight_t"], biases, d_outs)
+    return tuple(F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
+
+
 def one_product(
     inputs: Sequence[Tensor], weight_t: Tensor, biases: Biases, d_outs: Sequence[int]
 ) -> tuple[Tensor, ...]:

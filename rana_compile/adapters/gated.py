@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rana_compile.adapters.base import Biases, Mask, Tensors, kept, scale_of, scales, weighed
+from rana_compile.adapters.base import Biases, Mask, Tensors, kept, products, scale_of, scales, weighed
 from rana_compile.adapters.neuron import probe_shape, scaled_row
 from rana_compile.kernels.reference import ACTIVATIONS
 from rana_compile.types import Site
@@ -39,12 +39,14 @@ class Gated:
     def mask(self, index: int, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, t: Tensors) -> Mask:
         if index == 0:
             return Mask(weighed(x, x, t["probe"][:1]), t["threshold"][0])
-        activated = self._activated(site, self._gate(x, weights, biases, t))
+        gate = F.linear(self._masked(x, t), weights[0], biases[0])
+        activated = self._activated(site, gate)
         return Mask(weighed(activated, x, t["probe"][1:]), t["gate_threshold"])
 
-    def _gate(self, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors) -> Tensor:
+    def _masked(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """The gate's input."""
         (scale,) = scales(x, tensors["probe"][:1], 1)
-        return F.linear(kept(x, x, tensors["threshold"][0], scale), weights[0], biases[0])
+        return kept(x, x, tensors["threshold"][0], scale)
 
     def _activated(self, site: Site, gate: Tensor) -> Tensor:
         assert site.activation is not None
@@ -58,9 +60,8 @@ class Gated:
     def forward(
         self, site: Site, x: Tensor, weights: Sequence[Tensor], biases: Biases, tensors: Tensors
     ) -> tuple[Tensor, ...]:
-        gate = self._gate(x, weights, biases, tensors)
+        gate, up = products([self._masked(x, tensors), x], weights, biases, tensors, site.d_outs)
         (scale,) = scales(x, tensors["probe"][1:], 1)
-        up = F.linear(x, weights[1], biases[1])
         return gate, kept(up, self._activated(site, gate), tensors["gate_threshold"], scale)
 
     def pack(self, site: Site, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:

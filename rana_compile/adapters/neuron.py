@@ -9,21 +9,9 @@ the paper's adapter for down_proj (METHOD.md, algorithm 2).
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from rana_compile.adapters.base import (
-    Biases,
-    Mask,
-    Tensors,
-    batched,
-    kept,
-    one_product,
-    scale_of,
-    scales,
-    stack,
-    weighed,
-)
+from rana_compile.adapters.base import Biases, Mask, Tensors, kept, products, scale_of, scales, stack, weighed
 from rana_compile.types import Site
 
 
@@ -49,11 +37,7 @@ class Neuron:
     ) -> tuple[Tensor, ...]:
         factors = scales(x, tensors["probe"], len(weights))
         masked = [kept(x, x, t, s) for t, s in zip(tensors["threshold"].unbind(), factors, strict=True)]
-        if "weight_t" in tensors:
-            return one_product(masked, tensors["weight_t"], biases, site.d_outs)
-        if "batched_weight_t" in tensors:
-            return batched(masked, weights, tensors["batched_weight_t"], biases, site.d_outs)
-        return tuple(F.linear(z, w, b) for z, w, b in zip(masked, weights, biases, strict=True))
+        return products(masked, weights, biases, tensors, site.d_outs)
 
     def pack(self, site: Site, weights: Sequence[Tensor], tensors: Tensors) -> Tensors:
         weight_t = stack(weights).t().contiguous()  # [d_in, d_out]

@@ -84,10 +84,19 @@ def test_parts_computed_together_are_the_plain_form(name: str, rows: tuple[int, 
     family, x = FAMILIES["neuron"], torch.randn(*rows, D_IN)
     tensors = {k: t[: len(d_outs)] for k, t in stored("neuron", weights, 0.6).items()}
     plain = family.forward(site, x, weights, biases, tensors)
-    packed = family.pack(site, weights, tensors)
-    packed[name] = packed.pop("weight_t")
-    together = family.forward(site, x, weights, biases, packed)
+    together = family.forward(site, x, weights, biases, tensors | {name: torch.cat(weights).t().contiguous()})
     assert len(plain) == len(together) == len(d_outs)
+    for one, other in zip(plain, together, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["weight_t", "batched_weight_t"])
+def test_a_gate_and_its_up_computed_together_are_the_plain_form(name: str) -> None:
+    weights, biases = weights_of("gated")
+    family, x, tensors = FAMILIES["gated"], torch.randn(3, 2, D_IN), stored("gated", weights, 0.6)
+    plain = family.forward(GATE_UP, x, weights, biases, tensors)
+    stacked = tensors | {name: torch.cat(weights).t().contiguous()}
+    together = family.forward(GATE_UP, x, weights, biases, stacked)
     for one, other in zip(plain, together, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
