@@ -3,7 +3,7 @@
 import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +27,13 @@ class Measured(NamedTuple):
         return self.full - (self.full - self.half) * 2 * (1 - density)
 
 
-def kept(file: Path, measure: Callable[[], Measured], cut: int = 0) -> Measured:
-    """What an earlier process kept in ``file``, else what ``measure`` says, kept there; ``cut``: of so many numbers."""
+def kept(file: Path, measure: Callable[[], Measured], cut: int = 0, among: Container[int] | None = None) -> Measured:
+    """What an earlier process kept in ``file``, else what ``measure`` says, kept there.
+
+    ``cut``: of so many numbers, ``among`` which they are, if not any.
+    """
     with _LOCK:  # what is measured beside another thread's is not what it takes
-        found = _read(file, cut)
+        found = _read(file, cut, among)
         if found is None:
             found = measure()
             try:
@@ -41,12 +44,13 @@ def kept(file: Path, measure: Callable[[], Measured], cut: int = 0) -> Measured:
         return found
 
 
-def _read(file: Path, length: int) -> Measured | None:
+def _read(file: Path, length: int, among: Container[int] | None) -> Measured | None:
     """None, too, if it is not what a process writes."""
     try:
         cut, *times = json.loads(file.read_text(encoding="utf-8"))
         half, full, dense = map(float, times)
-        if len(cut) != length or not half + full + dense > 0:
+        known = among is None or all(n in among for n in cut)
+        if len(cut) != length or not known or not half + full + dense > 0:
             raise ValueError(f"a cut of {len(cut)} numbers, {length} expected, or no times")
         return Measured(tuple(map(int, cut)), half, full, dense)
     except FileNotFoundError:

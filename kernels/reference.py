@@ -51,13 +51,19 @@ def of_mask(scale: Tensor | None, index: int) -> Tensor | None:
     return None if scale is None else scale[..., index]
 
 
-def runs(weight_t: Tensor, d_outs: Sequence[int]) -> Iterator[tuple[int, int, Tensor]]:
-    """Parts side by side of one width: the first, how many, and their columns of weight_t, [many, d, width]."""
-    first = start = 0
-    for width, same in groupby(d_outs):
+def runs(d_outs: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Parts side by side of one width: the first, and how many."""
+    first = 0
+    for _, same in groupby(d_outs):
         many = len(list(same))
-        yield first, many, weight_t.narrow(1, start, many * width).unflatten(1, (many, width)).transpose(0, 1)
-        first, start = first + many, start + many * width
+        yield first, many
+        first += many
+
+
+def columns_of(weight_t: Tensor, d_outs: Sequence[int], first: int, many: int) -> Tensor:
+    """What a run's parts are multiplied with, [many, d, width], of weight_t [d, d_out]."""
+    width = d_outs[first]
+    return weight_t.narrow(1, sum(d_outs[:first]), many * width).unflatten(1, (many, width)).transpose(0, 1)
 
 
 def _product(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:

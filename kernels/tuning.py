@@ -22,7 +22,7 @@ from triton.runtime.errors import OutOfResources
 
 from rana_compile.kernels.cpu import wanted_directory
 from rana_compile.kernels.measured import Measured, kept
-from rana_compile.kernels.reference import runs
+from rana_compile.kernels.reference import columns_of, runs
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ ROWS = (64, 128, 256, 512, 1024)  # of the weight, of a program; more would not 
 STACKED = (16, 8192)  # rows for which the forms of a stack are compared: powers of two
 MULTIPLIED = 2048  # rows up to which all inputs may be multiplied with all columns
 LAUNCH = 20.0  # microseconds in which a graph starts a kernel, about: of shorter ones, fewer are better
-WORTH = 0.02  # share of a stack's time that one kernel less is worth then, and else what a copy of the weights costs
+FEWER = 0.02  # share of a stack's time that fewer kernels may cost where these are short
+COPY = 0.02  # share of it that they must save elsewhere, for the copy of the weights
 LIST = 256  # rows that a warp lists at a time
 
 
@@ -105,8 +106,12 @@ def form_of(stack: Stack) -> str:
     least, most = STACKED
     stack = stack._replace(rows=min(max(triton.next_power_of_2(stack.rows), least), most))
     if stack not in _known:
-        _known[stack] = kept(_file(stack), lambda: _measure_stack(stack), 1)
-    return FORMS[_known[stack].cut[0] % len(FORMS)]
+        try:
+            _known[stack] = kept(_file(stack), lambda: _measure_stack(stack), 1, range(len(FORMS)))
+        except torch.OutOfMemoryError:
+            log.warning("no memory to measure how %s are computed fastest: one by one", stack)
+            return FORMS[0]
+    return FORMS[_known[stack].cut[0]]
 
 
 def candidates(case: Case) -> Iterator[Tile]:
@@ -137,7 +142,7 @@ def _file(case: Case | Stack) -> Path:
     if isinstance(case, Case):
         name, of = "masked", (*of, CUTS, PROGRAMS, ROWS, LIST, EARLY_BYTES, AHEAD_BYTES)
     else:
-        name, of = "stack", (*of, FORMS, MULTIPLIED, LAUNCH, WORTH, torch.get_float32_matmul_precision())
+        name, of = "stack", (*of, FORMS, MULTIPLIED, LAUNCH, FEWER, COPY, torch.get_float32_matmul_precision())
     return wanted_directory() / f"{name}_{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.json"
 
 
@@ -185,17 +190,19 @@ def _measure_stack(stack: Stack) -> Measured:
 
     def batched(i: int) -> list[Tensor]:
         return [
-            F.linear(z[first], weights[i % copies][first]) if n == 1 else torch.bmm(z[first : first + n], columns)
-            for first, n, columns in runs(weights_t[i % copies], d_outs)
+            F.linear(z[first], weights[i % copies][first])
+            if n == 1
+            else torch.bmm(z[first : first + n], columns_of(weights_t[i % copies], d_outs, first, n))
+            for first, n in runs(d_outs)
         ]
 
     dense = _microseconds(apart, count)
     times = [dense, math.inf, math.inf]
     if rows <= MULTIPLIED:
         times[1] = _microseconds(together, count)
-    if len(list(runs(weights_t[0], d_outs))) < len(d_outs):
+    if len(list(runs(d_outs))) < len(d_outs):
         times[2] = _microseconds(batched, count)
-    limit = dense * (1 + WORTH if dense / len(d_outs) < LAUNCH else 1 - WORTH)
+    limit = dense * (1 + FEWER if dense / len(d_outs) < LAUNCH else 1 - COPY)
     best = min((i for i in (1, 2) if times[i] <= limit), key=times.__getitem__, default=0)
     return Measured((best,), times[best], times[best], dense)
 
@@ -207,9 +214,11 @@ def _microseconds(call: Callable[[int], Any], count: int) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(torch.cuda.Stream()):  # torch.cuda.graph would collect garbage each time
         graph.capture_begin(capture_error_mode="thread_local")
-        for i in range(count):
-            call(i)
-        graph.capture_end()
+        try:
+            for i in range(count):
+                call(i)
+        finally:
+            graph.capture_end()
     times = []
     for _ in range(6):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -175,11 +175,6 @@ def is_written(nodes: Iterable[fx.Node], written: set[int] | None) -> bool:
     return written is None or any((memory := memory_of(n)) is None or memory in written for n in tensors)
 
 
-def writes_inputs(graph: fx.Graph) -> bool:
-    """Whether the graph may write to one of its inputs."""
-    return is_written((node for node in graph.nodes if node.op == "placeholder"), written_memory(graph))
-
-
 def memory_of(node: fx.Node) -> int | None:
     """The same number for all views of one tensor; None where that is not known."""
     value = node.meta.get("example_value")

@@ -7,7 +7,6 @@ dense form in plain torch, which Inductor fuses and autograd differentiates. Fit
 lifted inputs: the code depends on shapes alone, so a cached artefact is never stale.
 """
 
-import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 
 from rana_compile.adapters import FAMILIES, Tensors
-from rana_compile.adapters.base import sensitivity, stack
+from rana_compile.adapters.base import Fitted, batched_parts, part, sensitivity, stack
 from rana_compile.passes.match import Block, Linear, Match
 
 
@@ -31,14 +30,14 @@ class Lowering:
         decode: through the masked kernels (one dtype, no gradients).
         buffers: tensors of the form chosen; keys as the family's ``pack`` (decode, and parts computed together) or
             ``stored`` and ``derive``.
-        fitted: [n], of which some buffers are views: these become one input of the graph.
+        fitted: holds some of the buffers, which become one input of the graph.
     """
 
     match: Match
     family: str
     decode: bool
     buffers: Tensors
-    fitted: Tensor | None = field(default=None, compare=False)
+    fitted: Fitted | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -86,20 +85,13 @@ def copy_dynamo_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node,
 
 def _buffers(gm: fx.GraphModule, lowering: Lowering) -> dict[str, fx.Node]:
     match, fitted = lowering.match, lowering.fitted
-    if fitted is None or not len(fitted):
-        return {name: _buffer(gm, match, name, t) for name, t in lowering.buffers.items()}
-    nodes, one = {}, _buffer(gm, match, "fitted", fitted)
-    for name, t in lowering.buffers.items():
-        if t.untyped_storage().data_ptr() == fitted.untyped_storage().data_ptr():
-            with gm.graph.inserting_after(one):
-                nodes[name] = gm.graph.call_function(_part, (one, t.storage_offset(), t.shape))
-        else:
-            nodes[name] = _buffer(gm, match, name, t)
+    places = fitted.places if fitted else {}
+    nodes = {name: _buffer(gm, match, name, t) for name, t in lowering.buffers.items() if name not in places}
+    if fitted:
+        one = _buffer(gm, match, "fitted", fitted.tensor)
+        with gm.graph.inserting_after(one):
+            nodes |= {name: gm.graph.call_function(part, (one, *place)) for name, place in places.items()}
     return nodes
-
-
-def _part(fitted: Tensor, start: int, sizes: Sequence[int]) -> Tensor:
-    return fitted.narrow(0, start, math.prod(sizes)).view(sizes)
 
 
 def drop_unused(gm: fx.GraphModule, places: Iterable[int]) -> list[int]:
@@ -177,10 +169,19 @@ def _emit(
     x = env[linears[0].x]
     if lowering.decode:
         return _emit_decode(graph, lowering, buffers, x, env)
-    weights = tuple(_weight(graph, env, lin) for lin in linears)
+    read = _read(lowering)
+    weights = tuple(_weight(graph, env, lin) if i in read else None for i, lin in enumerate(linears))
     biases = tuple(None if lin.bias is None else env[lin.bias] for lin in linears)
     call = graph.call_function(_forward(lowering), (x, weights, biases, dict(buffers)))
     return [graph.call_function(operator.getitem, (call, i)) for i in range(len(linears))]
+
+
+def _read(lowering: Lowering) -> set[int]:
+    """Which of the weights the form reads, not copies of them: others need not be inputs of the graph."""
+    if "weight_t" in lowering.buffers:
+        return set()
+    copied = batched_parts(lowering.match.site.d_outs) if "batched_weight_t" in lowering.buffers else set()
+    return set(range(len(lowering.match.linears))) - copied
 
 
 def _forward(lowering: Lowering) -> Callable[..., tuple[Tensor, ...]]:

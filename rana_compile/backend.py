@@ -18,7 +18,7 @@ from rana_compile.passes.expand import expand
 from rana_compile.passes.find import bind_sites
 from rana_compile.passes.fuse import fuse_gated_mlps
 from rana_compile.passes.masks import share_masks
-from rana_compile.passes.match import Found, Match, writes_inputs
+from rana_compile.passes.match import Found, Match
 from rana_compile.passes.rewrite import Lowering, copy_dynamo_graph, drop_unused, rewrite
 from rana_compile.plan import Plan, SitePlan, weight_hash
 from rana_compile.profiled import profiled
@@ -56,8 +56,7 @@ def rana(
         compiled = _compile(adapted, [inputs[i] for i in left], parsed, guarded)
         if not refresh:
             return compiled
-        late = inputs[refresh[0][1][0]].device.type in MEANWHILE and not writes_inputs(gm.graph)
-        return _refreshing(compiled, refresh, _choice(left, len(inputs)), parsed.free_dense_weights, late)
+        return _refreshing(compiled, refresh, _choice(left, len(inputs)), parsed.free_dense_weights)
 
     if parsed.plan is None:
         return profiled(gm, example_inputs, parsed, compile_graph)
@@ -68,7 +67,6 @@ def rana(
 
 COPIED = 2**23  # bytes of a gated site's weights that are copied for its prompts alone
 _STACKED = {"together": "weight_t", "batched": "batched_weight_t"}  # what the families know the weights by
-MEANWHILE = {"cuda"}  # devices that compute while the host goes on
 Refresh = list[tuple[Bound, tuple[int, ...]]]  # a bound site and the positions of its weights among the inputs
 
 
@@ -101,7 +99,7 @@ def adapt_graph(
         if training:
             lowerings.append(Lowering(match, entry.family, False, bound.stored))
             continue
-        form = "apart" if decode else _stack_form(match, weights, entry)
+        form = "apart" if decode else _stack_form(match, weights, entry, options)
         buffers = bound.packed(weights) if decode else bound.folded(weights)
         if form != "apart":
             buffers = buffers | {_STACKED[form]: bound.stacked(weights)}
@@ -172,8 +170,7 @@ def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -
     Without a plan densities are unknown, and one row is assumed to gain.
     """
     rows, device, dtype = match.rows, weights[0].device, weights[0].dtype
-    mixed = {match.x.meta["example_value"].dtype, *(w.dtype for w in weights)} != {dtype}
-    if rows == 0 or mixed or dtype not in ops.DTYPES or not ops.is_supported(device.type):
+    if rows == 0 or _is_mixed(match, weights) or dtype not in ops.DTYPES or not ops.is_supported(device.type):
         return False
     if entry is None or "threshold" not in entry.tensors or entry.family == "gated":
         if entry is None or entry.family != "dense":
@@ -190,14 +187,17 @@ def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -
     return faster
 
 
-def _stack_form(match: Match, weights: Sequence[Tensor], entry: SitePlan) -> str:
+def _is_mixed(match: Match, weights: Sequence[Tensor]) -> bool:
+    """Whether there are several dtypes, as under autocast, also if it begins inside of the graph."""
+    nodes = [match.x, *(lin.node for lin in match.linears)]
+    return len({*(n.meta["example_value"].dtype for n in nodes), *(w.dtype for w in weights)}) > 1
+
+
+def _stack_form(match: Match, weights: Sequence[Tensor], entry: SitePlan, options: BackendOptions) -> str:
     """How the parts of a masked stack are computed where the masked kernels are not: ``ops.stack_form``."""
     site, weight = entry.site, weights[0]
-    if entry.family not in ("neuron", "gated") or len({w.dtype for w in weights}) > 1:
-        return "apart"
-    if entry.family == "gated" and sum(w.nbytes for w in weights) > COPIED:
-        return "apart"
-    if torch.is_autocast_enabled(weight.device.type):  # products of another dtype
+    copied = entry.family == "gated" and (options.free_dense_weights or sum(w.nbytes for w in weights) > COPIED)
+    if entry.family not in ("neuron", "gated") or copied or _is_mixed(match, weights):
         return "apart"
     return ops.stack_form(match.rows, site.d_in, site.d_outs, weight.dtype, weight.device)
 
@@ -244,14 +244,11 @@ def _choice(places: Sequence[int], among: int) -> Choose:
     return itemgetter(*places) if len(places) > 1 else lambda args: [args[i] for i in places]
 
 
-def _refreshing(
-    compiled: Callable[..., Any], refresh: Refresh, taken: Choose, share: bool, late: bool = False
-) -> Callable[..., Any]:
+def _refreshing(compiled: Callable[..., Any], refresh: Refresh, taken: Choose, share: bool) -> Callable[..., Any]:
     """Packed copies follow the weights: checked before each call, rewritten in place if a weight changed.
 
     ``compiled`` is given the inputs that are ``taken``. With ``share`` the weights become views of the
-    copies after the first call, whose strides the graph was compiled for. With ``late`` they are checked while the
-    device computes, which starts again if one did; it must not have written to an input then.
+    copies after the first call, whose strides the graph was compiled for.
     """
 
     watched = {i for _, places in refresh for i in places}
@@ -260,11 +257,6 @@ def _refreshing(
 
     def call(*args: Any) -> Any:
         nonlocal seen, share
-        if late and seen[0]:
-            result = compiled(*taken(args))
-            if stamp(weights_of(args)) == seen:
-                return result
-            del result
         now = stamp(weights_of(args))
         if now != seen:
             for bound, places in refresh:

@@ -3,6 +3,7 @@
 Packed tensors are shared by all graphs of a model (prefill and decode, static and symbolic) and die with it.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
@@ -15,7 +16,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rana_compile.adapters import FAMILIES, Tensors
-from rana_compile.adapters.base import stack
+from rana_compile.adapters.base import Fitted, stack
 from rana_compile.memory import naming_remedy
 from rana_compile.plan import Plan, SitePlan
 from rana_compile.types import PlanError
@@ -57,7 +58,7 @@ class Bound:
     """One adapted site and its live weights (as the model stores them).
 
     Attributes:
-        fitted: [n], thresholds and probes one after another. What ``stored`` and others hold of them are views of it.
+        fitted: thresholds and probes. What ``stored`` and others hold of them are views of it.
         folded: what the plan stores and what derives from the weights, for the masked dense form.
         packed: layouts for the masked kernels.
     """
@@ -69,8 +70,9 @@ class Bound:
         self.device = weights[0].device
         self._family = FAMILIES[entry.family]
         with plainly():  # copies: a refit overwrites them, the plan's own stay
-            self.fitted, views = _in_one({k: t.to(self.device) for k, t in entry.tensors.items() if k in _FITTED})
-        self._stored: Tensors = {k: views[k] if k in views else t.to(self.device) for k, t in entry.tensors.items()}
+            self.fitted = _in_one({k: t.to(self.device) for k, t in entry.tensors.items() if k in _FITTED})
+            views = {name: self.fitted.part(name) for name in self.fitted.places} if self.fitted else {}
+            self._stored: Tensors = {k: t.to(self.device) for k, t in entry.tensors.items()} | views
         self._folded: Tensors | None = None
         self._packed: Tensors | None = None
         self._stacked: Tensors | None = None
@@ -171,18 +173,18 @@ def _copy(old: Tensors, new: Tensors) -> None:
         old[name].copy_(tensor)
 
 
-def _in_one(tensors: Tensors) -> tuple[Tensor, Tensors]:
-    """One tensor [n] that holds copies of all, and views of it; one input of a graph costs less than several."""
-    starts, n = {}, 0
+def _in_one(tensors: Tensors) -> Fitted | None:
+    """Copies of all, if there are any."""
+    if not tensors:
+        return None
+    places, n = {}, 0
     for name, t in tensors.items():
-        starts[name], n = n, n + -(-t.numel() // _ALIGNED) * _ALIGNED
-    first = next(iter(tensors.values()), torch.empty(0))
-    one = first.new_zeros(n)
-    views = {name: one.narrow(0, start, tensors[name].numel()) for name, start in starts.items()}
-    views = {name: view.view(tensors[name].shape) for name, view in views.items()}
-    for name, view in views.items():
-        view.copy_(tensors[name])
-    return one, views
+        places[name], n = (n, t.shape), n + -(-t.numel() // _ALIGNED) * _ALIGNED
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors.values()))
+    fitted = Fitted(next(iter(tensors.values())).new_zeros(n, dtype=dtype), places)
+    for name, t in tensors.items():
+        fitted.part(name).copy_(t)
+    return fitted
 
 
 def _sample(weights: Sequence[Tensor]) -> Tensor:

@@ -3,7 +3,6 @@
 import copy
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -12,14 +11,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import rana_compile
-from rana_compile import Plan, backend
-from rana_compile.adapters import base
-from rana_compile.adapters.base import batched, one_product
+from rana_compile import Plan
 from rana_compile.adapters.neuron import neuron_tensors
 from rana_compile.backend import is_left_dense
 from rana_compile.config import BackendOptions
 from rana_compile.kernels import ops
-from rana_compile.testing import count_compilations
 from rana_compile.types import PlanError, Site
 
 
@@ -168,84 +164,6 @@ def test_kernels_take_a_number_of_rows_that_varies(monkeypatch: pytest.MonkeyPat
     assert asked == [None]
 
 
-def test_parts_are_computed_in_the_form_measured_for_their_rows(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Apart where they vary: one graph serves any number of rows."""
-    plan = rana_compile.calibrate(model, tokens(4), 0.6, recipe="neuron", progress=False)
-    forms: set[str] = set()
-
-    def of(rows: int | None, *_: Any) -> str:
-        return "apart" if rows is None or rows > 30 else "together" if rows <= 20 else "batched"
-
-    monkeypatch.setattr(base, "one_product", lambda *given: forms.add("together") or one_product(*given))
-    monkeypatch.setattr(base, "batched", lambda *given: forms.add("batched") or batched(*given))
-    monkeypatch.setattr(ops, "masked_is_faster", lambda *_: False)
-    monkeypatch.setattr(ops, "stack_form", of)
-    options = {"plan": plan, "compiler": "eager"}
-    with torch.no_grad(), rana_compile.adapted(model, plan) as formulas:
-        expected = {n: formulas(input_ids=tokens(1, length=n)[0], use_cache=False).logits for n in (12, 20, 21, 40)}
-
-    def ran(fast: Any, length: int) -> str:
-        forms.clear()
-        with torch.no_grad():
-            found = fast(input_ids=tokens(1, length=length)[0], use_cache=False).logits
-        torch.testing.assert_close(found, expected[length], rtol=1e-4, atol=1e-4)
-        return " and ".join(sorted(forms)) or "apart"
-
-    fixed = torch.compile(model, backend="rana", dynamic=False, options=options)
-    assert [ran(fixed, n) for n in (12, 20, 21, 40)] == ["together", "together", "batched", "apart"]
-    torch.compiler.reset()
-    symbolic = torch.compile(model, backend="rana", dynamic=True, options=options)
-    with count_compilations() as counts:
-        assert {ran(symbolic, n) for n in (12, 20, 21, 40, 12)} == {"apart"}
-    assert counts.graphs == 1
-
-
-@pytest.mark.parametrize(
-    ("family", "copied", "form"), [("neuron", 0, "batched"), ("gated", 0, "apart"), ("gated", 384, "batched")]
-)
-def test_large_gates_are_not_copied_for_prompts_alone(
-    family: str, copied: int, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ops, "stack_form", lambda *_: "batched")
-    monkeypatch.setattr(backend, "COPIED", copied)
-    entry = SimpleNamespace(site=Site("", "gate_up", ("a", "b"), 8, (6, 6), activation="silu"), family=family)
-    weights = [torch.zeros(6, 8), torch.zeros(6, 8)]
-    assert backend._stack_form(SimpleNamespace(rows=100), weights, entry) == form
-
-
-@pytest.mark.parametrize(("form", "gone"), [("apart", ()), ("batched", ("k_proj", "v_proj")), ("together", ("_proj",))])
-def test_a_prompts_graph_has_one_input_for_what_was_fitted_and_none_that_nobody_reads(
-    form: str, gone: tuple[str, ...], model: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = rana_compile.calibrate(model, tokens(4), 0.6, recipe="neuron", progress=False)
-    compile_graph, graphs = backend._compile, []
-
-    def compiler(gm: torch.fx.GraphModule, inputs: list[Any], *rest: Any) -> Any:
-        nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        assert len(nodes) == len(inputs) and all(node.users for node in nodes)
-        graphs.append(([node.target for node in nodes], dict(gm.named_buffers())))
-        return compile_graph(gm, inputs, *rest)
-
-    monkeypatch.setattr(backend, "_compile", compiler)
-    monkeypatch.setattr(ops, "masked_is_faster", lambda *_: False)
-    monkeypatch.setattr(ops, "stack_form", lambda _, d, d_outs, *__: form if len(d_outs) > 1 else "apart")
-    fast = torch.compile(model, backend="rana", dynamic=False, options={"plan": plan, "compiler": "eager"})
-    (ids,) = tokens(1)
-    with torch.no_grad(), rana_compile.adapted(model, plan) as formulas:
-        expected = formulas(input_ids=ids, use_cache=False).logits
-        torch.testing.assert_close(fast(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
-    ((inputs, buffers),) = graphs
-    stacks = [e.site.weights for e in plan.adapted if len(e.site.weights) > 1]
-    unused = [name for names in stacks for name in names if any(part in name for part in gone)]
-    assert (form == "apart") == (not unused)
-    assert not [i for i in inputs for name in unused if name.replace(".", "_") in i]
-    fitted = [name for name in buffers if name.startswith("rana_") and name.endswith("_fitted")]
-    assert len(fitted) == len(plan.adapted) > 0
-    assert len([n for n in buffers if n.startswith("rana_")]) - len(fitted) == (len(stacks) if form != "apart" else 0)
-
-
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_gradients_pass_through_frozen_weights(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "masked_is_faster", lambda *_: True)
@@ -283,14 +201,10 @@ class Counting(nn.Module):
         return self.linear(x)
 
 
-@pytest.mark.parametrize("meanwhile", [set(), {"cpu"}], ids=["checked before", "checked meanwhile"])
 @pytest.mark.parametrize("writes", [False, True])
 @pytest.mark.parametrize("rows", [1, 50])
-def test_weights_changed_in_place_are_followed(
-    rows: int, writes: bool, meanwhile: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_changed_in_place_are_followed(rows: int, writes: bool) -> None:
     """Packed copies never answer for weights that are gone, and nothing that writes runs twice."""
-    monkeypatch.setattr(backend, "MEANWHILE", meanwhile)
     module = Counting(writes)
     site = Site("linear", "linear", ("linear.weight",), 32, (48,))
     plan = plan_of(module, (site, "neuron", neuron_tensors(torch.full((1, 32), 0.3))))

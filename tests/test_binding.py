@@ -32,19 +32,20 @@ def test_tensors_of_inference_mode_have_a_place_and_no_version() -> None:
     assert stamp(mixed) == ([w.data_ptr() for w in mixed], [0, 1])
 
 
-def test_what_was_fitted_lies_in_one_aligned_copy_that_a_refit_overwrites() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_fitted_lies_in_one_aligned_copy_that_a_refit_overwrites(dtype: torch.dtype) -> None:
     linear = nn.Linear(19, 7)
-    own = {"threshold": torch.rand(1, 19), "probe": torch.rand(1, 20)}
+    own = {"threshold": torch.rand(1, 19).to(dtype), "probe": torch.rand(1, 20)}
     site = Site("", "linear", ("weight",), 19, (7,))
     (entry,) = plan_of(linear, (site, "neuron", own)).sites
     bound = Bound(entry, [linear.weight])
     for name, tensor in own.items():
         view = bound.stored[name]
-        assert torch.equal(view, tensor) and view.is_contiguous() and view.storage_offset() % 4 == 0
-        assert view.untyped_storage().data_ptr() == bound.fitted.untyped_storage().data_ptr()
+        assert torch.equal(view, tensor.float()) and view.is_contiguous() and view.storage_offset() % 4 == 0
+        assert bound.fitted is not None and view.data_ptr() == bound.fitted.part(name).data_ptr()
     refitted = dataclasses.replace(entry, tensors=own | {"threshold": own["threshold"] * 2})
     bound.succeed(refitted)
-    assert torch.equal(bound.fitted[:19], own["threshold"][0] * 2)
+    assert torch.equal(bound.fitted.tensor[:19], own["threshold"][0] * 2)
     assert torch.equal(entry.tensors["threshold"], own["threshold"])
 
 
@@ -52,7 +53,7 @@ def test_an_adapter_without_thresholds_has_nothing_fitted() -> None:
     linear = nn.Linear(19, 7)
     site = Site("", "linear", ("weight",), 19, (7,))
     (entry,) = plan_of(linear, (site, "low_rank", {"output_basis": torch.rand(7, 3)})).sites
-    assert Bound(entry, [linear.weight]).fitted.numel() == 0
+    assert Bound(entry, [linear.weight]).fitted is None
 
 
 @pytest.mark.parametrize("family", ["neuron", "gated"])

@@ -4,15 +4,16 @@ Every family is the masked product of METHOD.md, ``z = T x; y = A (m * z) + b``;
 are, what is stored in a plan, and what must be derived from the model's own weights.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rana_compile.kernels.reference import is_dropped, runs, without
+from rana_compile.kernels.reference import columns_of, is_dropped, runs, without
 from rana_compile.types import Site
 
 Tensors = dict[str, Tensor]
@@ -25,6 +26,21 @@ class Mask:
 
     z: Tensor  # [..., n]
     threshold: Tensor  # [n]
+
+
+class Fitted(NamedTuple):
+    """Tensors in one: as an input of a graph it costs less than several do at each call."""
+
+    tensor: Tensor  # [n]
+    places: Mapping[str, tuple[int, torch.Size]]  # where each starts, and its shape
+
+    def part(self, name: str) -> Tensor:
+        return part(self.tensor, *self.places[name])
+
+
+def part(fitted: Tensor, start: int, sizes: Sequence[int]) -> Tensor:
+    """A view of fitted [n]."""
+    return fitted.narrow(0, start, math.prod(sizes)).view(sizes)
 
 
 class Family(Protocol):
@@ -172,7 +188,11 @@ def split_linear(z: Tensor, weight: Tensor, biases: Biases, d_outs: Sequence[int
 def products(
     inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Biases, tensors: Tensors, d_outs: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    """Each part's input [..., d] with its weight [d_out, d]; together where ``tensors`` hold the weights so."""
+    """Each part's input [..., d] with its weight [d_out, d].
+
+    Where ``tensors`` hold the weights side by side, [d, d_out], parts are computed together: all of them
+    (``weight_t``), or those of ``batched_parts`` (``batched_weight_t``); their ``weights`` are not read then.
+    """
     if "weight_t" in tensors:
         return one_product(inputs, tensors["weight_t"], biases, d_outs)
     if "batched_weight_t" in tensors:
@@ -192,6 +212,11 @@ def one_product(
     return tuple(part if b is None else part + b for part, b in zip(parts, biases, strict=True))
 
 
+def batched_parts(d_outs: Sequence[int]) -> set[int]:
+    """Those that ``batched`` computes in batches."""
+    return {i for first, many in runs(d_outs) if many > 1 for i in range(first, first + many)}
+
+
 def batched(
     inputs: Sequence[Tensor], weights: Sequence[Tensor], weight_t: Tensor, biases: Biases, d_outs: Sequence[int]
 ) -> tuple[Tensor, ...]:
@@ -200,10 +225,11 @@ def batched(
     For as many rows as it was measured faster for: fewer kernels do as much.
     """
     parts: list[Tensor] = []
-    for first, many, columns in runs(weight_t, d_outs):
+    for first, many in runs(d_outs):
         if many == 1:
             parts.append(F.linear(inputs[first], weights[first]))
         else:
             z = torch.stack(list(inputs[first : first + many]))  # [many, ..., d]
+            columns = columns_of(weight_t, d_outs, first, many)
             parts += torch.bmm(z.flatten(1, -2), columns).unflatten(1, z.shape[1:-1]).unbind()
     return tuple(part if b is None else part + b for part, b in zip(parts, biases, strict=True))

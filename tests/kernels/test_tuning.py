@@ -104,3 +104,21 @@ def test_parts_of_other_widths_are_no_batch(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(tuning, "_known", {})
     tuning.form_of(tuning.Stack(20, 8, (6, 4, 6), torch.float32, torch.device("cpu")))
     assert tried == ["apart", "together"]
+
+
+@pytest.mark.parametrize("kept", [None, "[[7], 1.0, 1.0, 1.0]", "[[2], 1.0, 1.0, 1.0]"])
+def test_without_the_memory_to_measure_a_stack_it_is_computed_one_by_one(
+    kept: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(stack: tuning.Stack) -> Measured:
+        raise torch.OutOfMemoryError("no memory")
+
+    file = tmp_path / "stack.json"
+    if kept is not None:
+        file.write_text(kept)
+    monkeypatch.setattr(tuning, "_file", lambda case: file)
+    monkeypatch.setattr(tuning, "_measure_stack", measure)
+    monkeypatch.setattr(tuning, "_known", {})
+    form = tuning.form_of(tuning.Stack(20, 8, (6, 6), torch.float32, torch.device("cpu")))
+    assert form == ("batched" if kept and "2" in kept else "apart")  # no form has the number 7
+    assert file.exists() == (kept is not None)
