@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with an H200 or H100: kernel tests, memory checks, benchmarks. Logs and tables go to $OUT (default: out).
 # benchmarks/h200.sh [tests] [memcheck] [kernels] [calibrate] [decode] [prompts] [prompts-small]: only these parts. Each ends
-# within ten minutes but for the last, which has three steps and needs the extra "demo".
+# within ten minutes but for the last, which has five steps and needs the extra "demo".
 # "kernels" also measures, once and quietly, what "decode" needs to know of each shape. The runs of "decode" prepare
 # side by side and are timed one after another; parts named in BESIDE run while they prepare. LAYERS=16, of the 32 that
 # Llama-2-7B has, leaves room for that on 80 GB.
@@ -76,11 +76,13 @@ run() { # a part by its name
         ;;
     prompts-small)
         local small=(python3 benchmarks/prompts.py --device cuda --dtype bfloat16 --tolerance 0.3 --exclude lm_head)
-        small+=(--calibration-tokens 8192 --plan "$OUT/smollm2.safetensors" --lengths 128 512 2048)
+        small+=(--calibration-tokens 8192 --plan "$OUT/smollm2.safetensors" --lengths 128 512 2048 --rounds 41)
         local bad=0
-        part prompts-fixed 570 "${small[@]}" || bad=1
-        part prompts-graphs 570 "${small[@]}" --mode reduce-overhead || bad=1
-        part prompts-symbolic 570 "${small[@]}" --dynamic || bad=1
+        part prompts-fixed 570 "${small[@]}" --batch 1 4 || bad=1
+        part prompts-symbolic 570 "${small[@]}" --batch 1 4 --dynamic || bad=1
+        part prompts-masked 570 "${small[@]}" --batch 4 --mask || bad=1
+        part prompts-graphs 570 "${small[@]}" --batch 1 4 --mode reduce-overhead || bad=1
+        part prompts-graphs-masked 570 "${small[@]}" --batch 4 --mask --mode reduce-overhead || bad=1
         return "$bad"
         ;;
     *)

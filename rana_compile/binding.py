@@ -28,7 +28,7 @@ Stamp = tuple[list[int], list[int]]  # where weights lie, and how often each was
 SAMPLE = 4096  # elements of each weight that are remembered
 _THRESHOLDS = {"threshold", "gate_threshold"}  # what a refit changes
 _FITTED = _THRESHOLDS | {"probe"}  # what lies in one tensor
-_ALIGNED = 32  # elements of it
+_ALIGNED = 32  # elements of it, of which each part starts at a multiple
 REPLACED = 0.5  # relative change of them from which weights are others, not the same ones trained further
 _PLACE, _VERSION = Tensor.data_ptr, attrgetter("_version")
 
@@ -69,10 +69,10 @@ class Bound:
         self._check = check
         self.device = weights[0].device
         self._family = FAMILIES[entry.family]
+        self._stored: Tensors = {k: t.to(self.device) for k, t in entry.tensors.items()}
         with plainly():  # copies: a refit overwrites them, the plan's own stay
-            self.fitted = _in_one({k: t.to(self.device) for k, t in entry.tensors.items() if k in _FITTED})
-            views = {name: self.fitted.part(name) for name in self.fitted.places} if self.fitted else {}
-            self._stored: Tensors = {k: t.to(self.device) for k, t in entry.tensors.items()} | views
+            self.fitted = _in_one({k: t for k, t in self._stored.items() if k in _FITTED})
+            self._stored |= {name: self.fitted.part(name) for name in self.fitted.places} if self.fitted else {}
         self._folded: Tensors | None = None
         self._packed: Tensors | None = None
         self._stacked: Tensors | None = None
