@@ -20,6 +20,7 @@ from rana_compile.passes.fuse import fuse_gated_mlps
 from rana_compile.passes.masks import share_masks
 from rana_compile.passes.match import Found, Match
 from rana_compile.passes.rewrite import Lowering, copy_dynamo_graph, drop_unused, rewrite
+from rana_compile.passes.sinusoids import share_sinusoids
 from rana_compile.plan import Plan, SitePlan, weight_hash
 from rana_compile.profiled import profiled
 from rana_compile.types import parameter_filter
@@ -116,6 +117,7 @@ def adapt_graph(
     if lowerings and not torch.is_grad_enabled():
         share_repeated_heads(adapted)
         share_masks(adapted)
+        share_sinusoids(adapted)
     _trace(adapted)
     return adapted, refresh
 
@@ -224,6 +226,7 @@ def _compile(
     if options.compiler != "inductor":
         return lookup_backend(options.compiler)(gm, list(example_inputs))
 
+    from torch._dynamo.eval_frame import innermost_fn
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
@@ -231,7 +234,7 @@ def _compile(
     patches |= list_mode_options(options.mode) if options.mode else {}
     patches |= options.inductor or {}
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
-    return compiled
+    return innermost_fn(compiled)  # Dynamo keeps out of what ``rana`` returns: once a call is enough
 
 
 Choose = Callable[[tuple[Any, ...]], Sequence[Any]]
