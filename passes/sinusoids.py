@@ -8,25 +8,26 @@ embeddings of a small model's queries, four prompts of 512 tokens, took 10.3 µs
 
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from rana_compile.passes.expand import Emitter
 from rana_compile.passes.match import is_written, memory_of, op_name, written_memory
 from rana_compile.passes.pointwise import is_pointwise
 
 SINUSOIDS = {"sin", "cos"}
-REPEATS = {"cat", "stack", "repeat", "repeat_interleave"}
-MANY = 4  # readers: queries and keys of two layers
+REPEATS = {"cat", "repeat_interleave"}  # of one tensor
+MANY = 4  # readers, such as queries and keys of two layers
 
 
 def share_sinusoids(gm: fx.GraphModule) -> int:
-    """Computes each once that has many readers, in place, in a graph without gradients. Returns how many.
+    """Has Inductor compute each once that has many readers, in place, in a graph without gradients. Returns how many.
 
     Recompiles if there is one.
     """
     made = [_last_of(node) for node in gm.graph.nodes if op_name(node) in SINUSOIDS and _is_plain(node)]
     shared = [node for node in dict.fromkeys(made) if _readers(node) >= MANY]
     written = written_memory(gm.graph) if shared else set()
-    found = [node for node in shared if not is_written([node], written)]
+    found = [node for node in shared if not (is_written([node], written) or _has_unknown_strides(node))]
     for node in found:
         readers = list(node.users)
         with gm.graph.inserting_after(node):
@@ -43,12 +44,18 @@ def in_memory(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
+def _has_unknown_strides(node: fx.Node) -> bool:
+    """Whether they follow from data: Inductor may then lay the value out otherwise, and a view of it would be wrong."""
+    return bool(free_unbacked_symbols(node.meta["example_value"].stride()))
+
+
 def _is_plain(node: fx.Node) -> bool:
+    """Whether it is a plain tensor."""
     return isinstance(node.meta.get("example_value"), FakeTensor)
 
 
 def _last_of(node: fx.Node) -> fx.Node:
-    """What is made of it alone, element by element, before several read it."""
+    """What is made of it alone, element by element or by repeating it, before several read it."""
     last = node
     while len(node.users) == 1 and _tensors_of(user := next(iter(node.users))) == [node] and _is_plain(user):
         if memory_of(user) != memory_of(node):

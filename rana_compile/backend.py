@@ -113,11 +113,11 @@ def adapt_graph(
     adapted = rewrite(gm, fuse_gated_mlps(lowerings)) if lowerings else copy_dynamo_graph(gm)[0]
     if lowerings and options.compiler == "inductor" and not torch.is_grad_enabled():
         lower_single_queries(adapted)
+        share_sinusoids(adapted)
     lower_causal_masks(adapted)
     if lowerings and not torch.is_grad_enabled():
         share_repeated_heads(adapted)
         share_masks(adapted)
-        share_sinusoids(adapted)
     _trace(adapted)
     return adapted, refresh
 
@@ -226,7 +226,6 @@ def _compile(
     if options.compiler != "inductor":
         return lookup_backend(options.compiler)(gm, list(example_inputs))
 
-    from torch._dynamo.eval_frame import innermost_fn
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
@@ -234,7 +233,7 @@ def _compile(
     patches |= list_mode_options(options.mode) if options.mode else {}
     patches |= options.inductor or {}
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
-    return innermost_fn(compiled)  # Dynamo keeps out of what ``rana`` returns: once a call is enough
+    return compiled
 
 
 Choose = Callable[[tuple[Any, ...]], Sequence[Any]]

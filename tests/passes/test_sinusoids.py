@@ -11,6 +11,7 @@ from torch._inductor.utils import run_and_get_code
 
 from rana_compile.backend import adapt_graph
 from rana_compile.config import BackendOptions
+from rana_compile.passes.match import memory_of
 from rana_compile.passes.sinusoids import in_memory, share_sinusoids
 from rana_compile.types import Site
 
@@ -32,6 +33,8 @@ class Rotary(nn.Module):
             cos, sin = (torch.cat([t, t], -1) for t in (angles.cos(), angles.sin()))
         elif self.kind == "transposed":
             cos, sin = (t.transpose(1, 2) for t in (angles.cos(), angles.sin()))
+        elif self.kind == "as they are":
+            cos, sin = angles.cos(), angles.sin()
         else:
             angles = torch.cat([angles, angles], -1)
             cos, sin = (t * self.scale for t in (torch.cos(angles), torch.sin(angles)))
@@ -54,23 +57,29 @@ class Rotary(nn.Module):
         if self.kind != "in the middle":
             cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         first, second = x.chunk(2, -1)
+        if self.kind == "as they are":
+            return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
         return x * cos + torch.cat([-second, first], -1) * sin
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("kind", ["plain", "half", "transposed", "in the middle"])
+@pytest.mark.parametrize("kind", ["plain", "half", "transposed", "as they are", "in the middle"])
 def test_each_is_computed_once_and_stays_what_it_is(kind: str, dynamic: bool) -> None:
     module, found = Rotary(kind=kind, scale=0.5), []
 
     def compiler(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         found.append(share_sinusoids(gm))
-        assert [node.target for node in gm.graph.nodes].count(in_memory) == gm.code.count("in_memory(") == 2
-        return gm
+        kept = [node for node in gm.graph.nodes if node.target is in_memory]
+        assert len(kept) == gm.code.count("in_memory(") == 2
+        for node in kept:
+            value, base = (n.meta["example_value"] for n in (node, node.args[0]))
+            assert value.stride() == base.stride() and memory_of(node) == memory_of(node.args[0])
+        return compile_fx(gm, example_inputs)
 
     with torch.no_grad():
         result = torch.compile(module, backend=compiler, dynamic=dynamic)(*INPUTS)
         assert found == [2]
-        assert torch.equal(result, module(*INPUTS))
+        torch.testing.assert_close(result, module(*INPUTS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -107,6 +116,33 @@ def test_others_stay_where_they_are(module: nn.Module) -> None:
     assert in_memory not in {node.target for node in gm.graph.nodes}
 
 
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_those_whose_strides_follow_from_data_stay_where_they_are() -> None:
+    """Inductor does not keep such strides, which a view of the memory would read by."""
+
+    class Packed(Rotary):
+        def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+            chosen = (positions[0] > 0.5).nonzero()[:, 0]
+            return super().forward(x[:, :, chosen], positions[:, chosen])
+
+    module, found = Packed(layers=3, kind="as they are"), []
+
+    def compiler(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        found.append(share_sinusoids(gm))
+        return compile_fx(gm, example_inputs)
+
+    with torch.no_grad():
+        result = torch.compile(module, backend=compiler, fullgraph=True)(*INPUTS)
+        assert found == [0]
+        torch.testing.assert_close(result, module(*INPUTS))
+
+
+@pytest.mark.parametrize(("compiler", "count"), [("inductor", 2), ("aot_eager", 0)])
+def test_only_for_inductor(compiler: str, count: int) -> None:
+    with torch.no_grad():
+        assert adapted(compiler).count(in_memory) == count
+
+
 def test_those_inside_of_vmap_stay_where_they_are() -> None:
     module = Rotary()
 
@@ -122,10 +158,15 @@ def test_those_inside_of_vmap_stay_where_they_are() -> None:
 
 @pytest.mark.parametrize(("gradients", "count"), [(False, 2), (True, 0)])
 def test_the_backend_shares_them_in_graphs_without_gradients(gradients: bool, count: int) -> None:
+    with torch.set_grad_enabled(gradients):
+        assert adapted("inductor").count(in_memory) == count
+
+
+def adapted(compiler: str) -> list[Any]:
+    """Targets in the graph that the backend hands to a compiler."""
     module = Rotary()
     tensors = {"threshold": torch.full((1, 16), 0.5), "probe": torch.zeros(0, 17)}
     plan = plan_of(module, (Site("mix.0", "linear", ("mix.0.weight",), 16, (16,)), "neuron", tensors))
-    with torch.set_grad_enabled(gradients):
-        gm, given = graph_and_inputs(module, *INPUTS)
-        rewritten, _ = adapt_graph(gm, given, plan, BackendOptions.parse({"plan": plan}))
-    assert [node.target for node in rewritten.graph.nodes].count(in_memory) == count
+    gm, given = graph_and_inputs(module, *INPUTS)
+    rewritten, _ = adapt_graph(gm, given, plan, BackendOptions.parse({"plan": plan, "compiler": compiler}))
+    return [node.target for node in rewritten.graph.nodes]
