@@ -33,6 +33,7 @@ from turns import Turns
 import rana_compile
 from rana_compile.flops import total_dense_flops
 from rana_compile.report import totals
+from rana_compile.room import with_room
 
 PROMPT = 16  # tokens before the first decoded one
 console = Console(width=140)
@@ -177,13 +178,16 @@ def prepared(model: Any, plan: rana_compile.Plan, batch: int, settings: argparse
 def compiled(
     model: Any, plan: rana_compile.Plan, settings: argparse.Namespace, dynamic: bool = False
 ) -> dict[str, Callable[..., Any]]:
-    """The dense model's and ours, each graph for fixed shapes unless ``dynamic``."""
+    """The dense model's and ours, each graph for fixed shapes unless ``dynamic``.
+
+    Both have room on the interpreter's stack, so that none is slow because of how deep it is called: ``with_room``.
+    """
     torch._dynamo.config.recompile_limit = 64  # one graph a shape and variant
     own, inductor = dict(torch._inductor.list_mode_options(settings.mode or "default")), dict(settings.inductor)
     options = {"plan": plan, "inductor": inductor, "mode": settings.mode}
     return {
-        "dense Inductor": torch.compile(model.forward, dynamic=dynamic, options=own | inductor),
-        "rana": torch.compile(model.forward, dynamic=dynamic, backend="rana", options=options),
+        "dense Inductor": with_room(torch.compile(model.forward, dynamic=dynamic, options=own | inductor)),
+        "rana": with_room(torch.compile(model.forward, dynamic=dynamic, backend="rana", options=options)),
     }
 
 

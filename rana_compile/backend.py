@@ -23,6 +23,7 @@ from rana_compile.passes.rewrite import Lowering, copy_dynamo_graph, drop_unused
 from rana_compile.passes.sinusoids import share_sinusoids
 from rana_compile.plan import Plan, SitePlan, weight_hash
 from rana_compile.profiled import profiled
+from rana_compile.room import with_room
 from rana_compile.types import parameter_filter
 from rana_compile.wrapped_generate import follow_generate
 
@@ -53,11 +54,13 @@ def rana(
             return _compile(copy_dynamo_graph(gm)[0], inputs, parsed)  # compilers change what they get
         adapted, refresh = adapt_graph(gm, inputs, plan, parsed)
         guarded = are_guarded(inputs, parsed)
+        size = len(adapted.graph.nodes)  # before compilers change it
         left = drop_unused(adapted, {i for _, places in refresh for i in places})
         compiled = _compile(adapted, [inputs[i] for i in left], parsed, guarded)
         if not refresh:
             return compiled
-        return _refreshing(compiled, refresh, _choice(left, len(inputs)), parsed.free_dense_weights)
+        call = _refreshing(compiled, refresh, _choice(left, len(inputs)), parsed.free_dense_weights)
+        return with_room(call) if size > ROOMY else call
 
     if parsed.plan is None:
         return profiled(gm, example_inputs, parsed, compile_graph)
@@ -66,6 +69,7 @@ def rana(
     return profiled(gm, example_inputs, parsed, compile_graph, (plan, Found(matches, (), ())))
 
 
+ROOMY = 250  # nodes of a graph that calls so much that room on the stack costs at most about 1 %
 COPIED = 2**23  # bytes of a gated site's weights that are copied for its prompts alone
 _STACKED = {"together": "weight_t", "batched": "batched_weight_t"}  # what the families know the weights by
 Refresh = list[tuple[Bound, tuple[int, ...]]]  # a bound site and the positions of its weights among the inputs
