@@ -69,7 +69,7 @@ def rana(
     return profiled(gm, example_inputs, parsed, compile_graph, (plan, Found(matches, (), ())))
 
 
-ROOMY = 250  # nodes of a graph that calls so much that room on the stack costs at most about 1 %
+ROOMY = 250  # nodes of a graph, beyond which it calls so much that room on the stack costs it little
 COPIED = 2**23  # bytes of a gated site's weights that are copied for its prompts alone
 _STACKED = {"together": "weight_t", "batched": "batched_weight_t"}  # what the families know the weights by
 Refresh = list[tuple[Bound, tuple[int, ...]]]  # a bound site and the positions of its weights among the inputs
