@@ -28,6 +28,7 @@ LAYERS = (
         "offload",
         "sampling",
         "processes",
+        "room",
     },
     {"kernels"},
     {
