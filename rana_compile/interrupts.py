@@ -1,6 +1,10 @@
-"""Ctrl-C where something must be put back as it was."""
+"""Ctrl-C where something must be put back as it was, and where code in C would swallow it."""
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import current_thread, main_thread
+from typing import Any
 
 
 def to_the_end(restore: Callable[[], None]) -> None:
@@ -10,3 +14,44 @@ def to_the_end(restore: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         restore()
         raise
+
+
+class Remembering:
+    """A handler of Ctrl-C: raises it as Python does, and knows that it came."""
+
+    seen = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.seen = True
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def interrupts_remembered() -> Iterator[None]:
+    """A Ctrl-C that is swallowed is raised at the next ``raise_swallowed``, or at the end of the block.
+
+    Code in C swallows one, as torch does while it imports numpy, and so do destructors. Only in the main thread and in
+    place of Python's own handler; else nothing is changed.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or current_thread() is not main_thread():
+        yield
+        return
+    handler = Remembering()
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if handler.seen:
+            raise KeyboardInterrupt
+
+
+def raise_swallowed() -> None:
+    """Raise a Ctrl-C that came within ``interrupts_remembered``: who still runs did not hear of it.
+
+    Raises:
+        KeyboardInterrupt: one came.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if isinstance(handler, Remembering) and handler.seen:
+        raise KeyboardInterrupt

@@ -2,9 +2,11 @@
 
 from types import TracebackType
 
+from rana_compile.interrupts import raise_swallowed
+
 
 class Progress:
-    """``step`` moves the bar, ``say`` names the stage. A context manager."""
+    """``step`` moves the bar and raises a Ctrl-C that was swallowed, ``say`` names the stage. A context manager."""
 
     def __init__(self, shown: bool, steps: int) -> None:
         from rich.console import Console
@@ -32,4 +34,5 @@ class Progress:
         self._bar.update(self._task, total=(self._bar.tasks[self._task].total or 0) + steps)
 
     def step(self, steps: int = 1) -> None:
+        raise_swallowed()
         self._bar.advance(self._task, steps)

@@ -1,5 +1,6 @@
 """Ctrl-C, at many moments: the model is dense and usable afterwards, as it was before."""
 
+import contextlib
 import copy
 import logging
 import signal
@@ -16,7 +17,7 @@ from torch import nn
 
 import rana_compile
 from rana_compile import RanaError
-from rana_compile.interrupts import to_the_end
+from rana_compile.interrupts import interrupts_remembered, raise_swallowed, to_the_end
 from rana_compile.passes.interpret import undisturbed
 
 
@@ -224,3 +225,30 @@ def test_without_memory_for_fit_or_swap_the_model_stays_dense_and_says_what_need
     assert "out of memory (CUDA" in line and ("calls of fewer tokens" in line or "leave some of them dense" in line)
     with pytest.raises(RanaError, match="out of memory"):
         rana_compile.plan_of(model)
+
+
+def swallow() -> None:
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_swallowed_interrupt_is_raised_when_asked_and_at_the_end() -> None:
+    with pytest.raises(KeyboardInterrupt), interrupts_remembered():
+        raise_swallowed()  # none came
+        swallow()
+        with pytest.raises(KeyboardInterrupt):
+            raise_swallowed()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    raise_swallowed()  # what is over is forgotten
+
+
+def test_a_handler_of_someone_else_stays() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        with interrupts_remembered():
+            signal.raise_signal(signal.SIGINT)
+            raise_swallowed()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == [signal.SIGINT]

@@ -7,14 +7,11 @@ done; 130 interrupted. A command is a module of this package with ``run(settings
 
 import argparse
 import os
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
-from threading import current_thread, main_thread
-from typing import Any
 
 from rana_compile.cli.arguments import parser
+from rana_compile.interrupts import interrupts_remembered, raise_swallowed
 from rana_compile.memory import is_out_of_memory
 from rana_compile.types import ConfigError, PlanError, RanaError
 
@@ -38,30 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(settings: argparse.Namespace) -> int:
     from rana_compile.cli.screen import Screen
 
-    with _interrupts_remembered():
+    with interrupts_remembered():
         command = import_module(f"rana_compile.cli.{settings.command}")
-    return int(command.run(settings, Screen(settings.json, settings.quiet)))
-
-
-@contextmanager
-def _interrupts_remembered() -> Iterator[None]:
-    """A Ctrl-C that code in C swallows, as torch does while it imports numpy, is raised at the end of the block."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or current_thread() is not main_thread():
-        yield
-        return
-    seen: list[int] = []
-
-    def handler(number: int, frame: Any) -> None:
-        seen.append(number)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if seen:
-            raise KeyboardInterrupt
+        raise_swallowed()
+        return int(command.run(settings, Screen(settings.json, settings.quiet)))
 
 
 def _failed(settings: argparse.Namespace, text: str, status: int) -> int:

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from rana_compile.progress import Progress
 
 WIDTH = 120  # where standard output is no terminal
 
@@ -48,7 +49,6 @@ class Screen:
     @contextmanager
     def steps(self, text: str, total: int) -> Iterator[Any]:
         """Yields a function to call after each step of one bar."""
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.remarks, disable=self.quiet) as bar:
-            task = bar.add_task(text, total=total)
-            yield lambda: bar.advance(task)
+        with Progress(not self.quiet, total) as bar:
+            bar.say(text)
+            yield bar.step

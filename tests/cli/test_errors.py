@@ -167,6 +167,37 @@ def test_ctrl_c_while_it_starts_is_status_130_and_one_line(module: str) -> None:
     assert (done.returncode, done.stderr) == (130, "rana-compile: interrupted\n")
 
 
+SWALLOWED = """
+import contextlib, signal, sys
+from rana_compile.cli import main
+from rana_compile.progress import Progress
+
+def say(bar, stage, said=Progress.say):
+    said(bar, stage)
+    if stage.startswith(sys.argv[1]):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+Progress.say = say
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("stage", ["recording", "measuring"])
+def test_ctrl_c_that_something_swallows_is_raised_at_the_next_step(
+    stage: str, model_directory: Path, text: Path, tmp_path: Path
+) -> None:
+    command = ["calibrate", str(model_directory), "--text", str(text), "--length", "32", "--tokens", "640"]
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWED, stage, *command, "--quiet", "-o", str(tmp_path / "plan")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (130, "rana-compile: interrupted\n")
+    assert not (tmp_path / "plan").exists()
+
+
 def test_ctrl_c_while_it_records_is_status_130_and_one_line(model_directory: Path, text: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rana_compile.cli", "calibrate", str(model_directory), "--text", str(text)]
     size = ["--length", "32", "--tokens", "5600", "--save-every", "0", "--quiet", "-o", str(tmp_path / "plan")]
