@@ -203,8 +203,9 @@ def check(model: Any, fast: "Decoder", plan: rana_compile.Plan, batch: int, sett
 def check_logits(fast: Tensor, plain: Tensor, what: str, kept: float, settings: argparse.Namespace) -> None:
     """Logits of the compiled model against those of the plain formulas. Raises SystemExit if they differ."""
     error = float((fast - plain).norm() / plain.norm())
-    # a coordinate at its threshold may fall either way, and later layers follow it
-    limit = settings.tolerance or (1e-3 if settings.dtype == "float32" else 0.1)
+    # A coordinate at its threshold may fall either way, and later layers follow it: in bfloat16 the plain formulas
+    # themselves are 0.04 to 0.55 from those in float32, a step of SmolLM2. So only float32 tells small errors.
+    limit = settings.tolerance or (1e-3 if settings.dtype == "float32" else 0.3)
     console.print(
         f"{what}: relative difference to the plain formulas {error:.1e}; computed with {kept:.1%} of the included "
         "sites' FLOPs",

@@ -75,7 +75,7 @@ run() { # a part by its name
             --model llama-2-7b --layers 4 --batch 1 4 --lengths 512 2048 --rounds 41
         ;;
     prompts-small)
-        local small=(python3 benchmarks/prompts.py --device cuda --dtype bfloat16 --tolerance 0.3 --exclude lm_head)
+        local small=(python3 benchmarks/prompts.py --device cuda --dtype bfloat16 --exclude lm_head)
         small+=(--calibration-tokens 8192 --plan "$OUT/smollm2.safetensors" --lengths 128 512 2048 --rounds 41)
         local bad=0
         part prompts-fixed 570 "${small[@]}" --batch 1 4 || bad=1
