@@ -93,9 +93,9 @@ def share_repeated_heads(gm: fx.GraphModule) -> int:
 
     Only where a fast kernel runs that takes grouped ones as well; recompiles if there is a call.
     """
-    nodes = list(gm.graph.nodes)
-    if any(getattr(n.target, "__name__", "").startswith("_sdpa_kernel") for n in nodes):  # the graph says which kernel
+    if names_kernels(gm.graph):
         return 0
+    nodes = list(gm.graph.nodes)
     place = {node: i for i, node in enumerate(nodes)}
     writes = [place[node] for node in nodes if writes_to(node)]
     found = 0
@@ -162,6 +162,16 @@ def _runs_alike(given: dict[str, Any], key: fx.Node, value: fx.Node) -> bool:
         return False
     kernel = chosen_kernel(given | {"key": key, "value": value, "enable_gqa": True})
     return kernel in GROUPED and kernel == chosen_kernel(given)
+
+
+def names_kernels(graph: fx.Graph) -> bool:
+    """Whether the graph itself says which kernels attention takes."""
+    return any(getattr(node.target, "__name__", "").startswith("_sdpa_kernel") for node in graph.nodes)
+
+
+def is_mapped(node: fx.Node) -> bool:
+    """Whether it is inside of vmap."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(node.meta["example_value"])
 
 
 def chosen_kernel(given: dict[str, Any]) -> SDPBackend:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend
 
-from rana_compile.passes.attend import SDPA, arguments, chosen_kernel, dtype_of
+from rana_compile.passes.attend import SDPA, arguments, chosen_kernel, dtype_of, is_mapped
 from rana_compile.passes.expand import Emitter
 from rana_compile.passes.match import is_written, written_memory
 
@@ -27,7 +27,7 @@ def share_masks(gm: fx.GraphModule) -> int:
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target is SDPA and (dtype := dtype_of(node)) is not None:
             mask = arguments(node).get("attn_mask")
-            if isinstance(mask, fx.Node) and _are_truths(mask.meta["example_value"]) and not _is_mapped(node):
+            if isinstance(mask, fx.Node) and _are_truths(mask.meta["example_value"]) and not is_mapped(node):
                 calls.setdefault((mask, dtype), []).append(node)
     found = 0
     shared = {key: users for key, users in calls.items() if len(users) > 1}
@@ -53,11 +53,6 @@ def share_masks(gm: fx.GraphModule) -> int:
 def _are_truths(mask: Tensor) -> bool:
     """Whether it is a plain tensor of them."""
     return mask.dtype == torch.bool and isinstance(mask, FakeTensor)
-
-
-def _is_mapped(node: fx.Node) -> bool:
-    """Whether it is inside of vmap."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(node.meta["example_value"])
 
 
 def as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ from rana_compile.config import BackendOptions
 from rana_compile.kernels import ops
 from rana_compile.passes.attend import lower_single_queries, share_repeated_heads
 from rana_compile.passes.causal import lower_causal_masks
+from rana_compile.passes.causal_blocks import split_causal_attention
 from rana_compile.passes.expand import expand
 from rana_compile.passes.find import bind_sites
 from rana_compile.passes.fuse import fuse_gated_mlps
@@ -115,15 +116,23 @@ def adapt_graph(
     told = "adapted %d of %d sites in a graph: %d through masked kernels, %d in the plain masked form"
     log.info(told, changed, len(matches), masked, changed - masked)
     adapted = rewrite(gm, fuse_gated_mlps(lowerings)) if lowerings else copy_dynamo_graph(gm)[0]
-    if lowerings and options.compiler == "inductor" and not torch.is_grad_enabled():
+    inference = bool(lowerings) and not torch.is_grad_enabled()
+    _lower_attention(adapted, inference, inference and options.compiler == "inductor")
+    _trace(adapted)
+    return adapted, refresh
+
+
+def _lower_attention(adapted: fx.GraphModule, inference: bool, inductor: bool) -> None:
+    """What needs no adapter, in place: attention as it is faster, and once what all layers share."""
+    if inductor:
         lower_single_queries(adapted)
         share_sinusoids(adapted)
     lower_causal_masks(adapted)
-    if lowerings and not torch.is_grad_enabled():
+    if inductor:
+        split_causal_attention(adapted)
+    if inference:
         share_repeated_heads(adapted)
         share_masks(adapted)
-    _trace(adapted)
-    return adapted, refresh
 
 
 def _trace(gm: fx.GraphModule) -> None:
