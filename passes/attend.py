@@ -175,7 +175,7 @@ def is_mapped(node: fx.Node) -> bool:
 
 
 def chosen_kernel(given: dict[str, Any]) -> SDPBackend:
-    """What PyTorch runs for one sequence of these.
+    """What PyTorch runs for one sequence of these, each with keys and values of its own.
 
     ``ERROR`` where nobody knows their sizes, no memory is left, or the device has no choice.
     """

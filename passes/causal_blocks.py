@@ -2,12 +2,13 @@
 
     …(q, k, v, is_causal=True)  →  cat(…(q[:128], k[:128], v[:128], mask), …(q[128:256], k[:256], v[:256], mask), …)
 
-PyTorch's kernel takes 512 keys at a time and leaves such a step out only where all of it is forbidden, so shorter
-prompts compute the whole square: 512 tokens take 1.25 times as long as these blocks, which are five eighths of it.
+PyTorch's kernel takes 512 keys at a time and leaves such a step out only where all of it is forbidden. So up to 512
+tokens compute the whole square, in 1.25 times the time of these blocks, which are five eighths of it.
 """
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention import SDPBackend
 
 from rana_compile.kernels.ops import DTYPES
@@ -15,7 +16,7 @@ from rana_compile.passes.attend import SDPA, arguments, chosen_kernel, dtype_of,
 from rana_compile.passes.expand import Emitter
 
 BLOCK = 128  # queries; 64 to 256 are as fast
-LENGTHS = range(320, 768)  # shorter ones gain nothing; from 768 on PyTorch leaves steps out
+LENGTHS = range(320, 705)  # shorter ones gain nothing, and of longer ones PyTorch leaves steps out
 SLICE = 32  # queries that are one thread's work in a block
 
 
@@ -45,13 +46,17 @@ def _is_split(node: fx.Node) -> bool:
     given = arguments(node)
     if given.get("is_causal") is not True or given.get("attn_mask") is not None or given.get("dropout_p"):
         return False
-    query, key = (given[name].meta["example_value"] for name in ("query", "key"))
-    batch, heads, n = query.shape[-4:-1] if query.dim() == 4 else (0, 0, 0)
-    if query.device.type != "cpu" or not isinstance(n, int) or n not in LENGTHS or key.shape[-2] != n:
+    query, key, value = (given[name].meta["example_value"] for name in ("query", "key", "value"))
+    if query.device.type != "cpu" or query.dim() != 4 or not all(isinstance(size, int) for size in query.shape):
         return False
-    if not isinstance(batch, int) or batch * heads * (BLOCK // SLICE) < 2 * torch.get_num_threads():
+    batch, heads, n, _ = query.shape
+    same = [t.dim() == 4 and statically_known_true(t.shape[i] == query.shape[i]) for t in (key, value) for i in (0, 2)]
+    pieces = batch * heads * (BLOCK // SLICE)
+    if n not in LENGTHS or not all(same) or pieces < 2 * torch.get_num_threads() or is_mapped(node):
         return False
-    return not is_mapped(node) and chosen_kernel(given) == SDPBackend.FLASH_ATTENTION
+    found, e = node.meta["example_value"], value.shape[-1]
+    as_blocks = (n * heads * e, e, heads * e, 1)  # others may have been looked at through views
+    return found.stride() == as_blocks and chosen_kernel(given) == SDPBackend.FLASH_ATTENTION
 
 
 def last_block(n: int, dtype: torch.dtype) -> Tensor:
@@ -67,7 +72,10 @@ def last_block(n: int, dtype: torch.dtype) -> Tensor:
 def attention_in_blocks(
     query: Tensor, key: Tensor, value: Tensor, last: Tensor, scale: float | None = None, enable_gqa: bool = False
 ) -> Tensor:
-    """``F.scaled_dot_product_attention(…, is_causal=True)`` of [batch, heads, n, e], with ``last_block(n, dtype)``."""
+    """``F.scaled_dot_product_attention(…, is_causal=True)`` of [batch, heads, n, e], with ``last_block(n, dtype)``.
+
+    Lies in memory as PyTorch's. -inf is added to forbidden scores, which leaves those that are no numbers as they are.
+    """
     n, blocks = query.shape[-2], []
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)

@@ -28,7 +28,7 @@ class Remembering:
 
 @contextmanager
 def interrupts_remembered() -> Iterator[None]:
-    """A Ctrl-C that is swallowed is raised at the next ``raise_swallowed``, or at the end of the block.
+    """A Ctrl-C that is swallowed is raised at the next ``raise_swallowed``, or for another error that ends the block.
 
     Code in C swallows one, as torch does while it imports numpy, and so do destructors. Only in the main thread and in
     place of Python's own handler; else nothing is changed.
@@ -40,10 +40,12 @@ def interrupts_remembered() -> Iterator[None]:
     signal.signal(signal.SIGINT, handler)
     try:
         yield
+    except BaseException as error:
+        if handler.seen and not isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if handler.seen:
-            raise KeyboardInterrupt
 
 
 def raise_swallowed() -> None:
@@ -53,5 +55,5 @@ def raise_swallowed() -> None:
         KeyboardInterrupt: one came.
     """
     handler = signal.getsignal(signal.SIGINT)
-    if isinstance(handler, Remembering) and handler.seen:
+    if isinstance(handler, Remembering) and handler.seen and current_thread() is main_thread():
         raise KeyboardInterrupt

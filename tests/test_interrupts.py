@@ -232,12 +232,17 @@ def swallow() -> None:
         signal.raise_signal(signal.SIGINT)
 
 
-def test_a_swallowed_interrupt_is_raised_when_asked_and_at_the_end() -> None:
-    with pytest.raises(KeyboardInterrupt), interrupts_remembered():
+def test_a_swallowed_interrupt_is_raised_when_asked_and_for_another_error() -> None:
+    with interrupts_remembered():
         raise_swallowed()  # none came
         swallow()
         with pytest.raises(KeyboardInterrupt):
             raise_swallowed()
+    with pytest.raises(KeyboardInterrupt), interrupts_remembered():
+        swallow()
+        raise ImportError("numpy failed to import")
+    with pytest.raises(ImportError), interrupts_remembered():
+        raise ImportError("without one")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     raise_swallowed()  # what is over is forgotten
 
