@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.torch_version import TorchVersion
 
@@ -44,6 +45,17 @@ def tiny_llama(layers: int = 2, **changes: Any) -> nn.Module:
 def tokens(batches: int, length: int = 32, seed: int = 1) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(VOCABULARY, (1, length), generator=generator) for _ in range(batches)]
+
+
+class Attend(nn.Module):
+    """Attention alone, with these options."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__()
+        self.given = given
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, **self.given).relu()
 
 
 def graph_of(module: nn.Module, *inputs: Tensor) -> fx.GraphModule:

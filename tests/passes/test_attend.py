@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import graph_and_inputs, graph_of, plan_of, tiny_llama, tokens
+from support import Attend, graph_and_inputs, graph_of, plan_of, tiny_llama, tokens
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -44,15 +44,6 @@ def test_it_computes_what_pytorch_does(
     found = single_query_attention(q, k, v, **given)
     assert found.dtype == dtype and found.shape == q.shape
     assert (found - expected).abs().max() < tolerance
-
-
-class Attend(nn.Module):
-    def __init__(self, **given: Any) -> None:
-        super().__init__()
-        self.given = given
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, **self.given).relu()
 
 
 def test_a_graph_of_one_query_no_longer_calls_it() -> None:

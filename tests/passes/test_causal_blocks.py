@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import graph_and_inputs, graph_of, plan_of, tiny_llama, tokens
+from support import Attend, graph_and_inputs, graph_of, plan_of, tiny_llama, tokens
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -27,15 +27,6 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 def inputs(n: int = N, dtype: torch.dtype = torch.float32, kv_heads: int = 6) -> tuple[Tensor, Tensor, Tensor]:
     own = torch.Generator().manual_seed(0)
     return tuple(torch.randn(2, n, h, 16, generator=own).to(dtype).transpose(1, 2) for h in (6, kv_heads, kv_heads))  # type: ignore[return-value]
-
-
-class Attend(nn.Module):
-    def __init__(self, **given: Any) -> None:
-        super().__init__()
-        self.given = given
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, **self.given).relu()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
