@@ -45,7 +45,7 @@ Tensor by_chunks(const Tensor& input, int64_t d_out, int64_t most, F&& f) {
   const int64_t d = sizes.back();
   sizes.back() = d_out;
   Tensor out = at::empty(sizes, x.options());
-  const int64_t rows = d_out == 0 ? 0 : out.numel() / d_out, chunks = (rows + most - 1) / most;
+  const int64_t rows = d_out == 0 ? 0 : out.numel() / d_out, chunks = at::divup(rows, most);
   for (int64_t i = 0, r = 0, next; i < chunks; ++i, r = next) {
     next = rows * (i + 1) / chunks;
     f(x.const_data_ptr<T>() + r * d, next - r, out.mutable_data_ptr<T>() + r * d_out);

@@ -18,9 +18,9 @@ namespace {
 constexpr int64_t kGroup = 8;           // weight rows read together
 constexpr int64_t kLiveGroup = 4;       // gathered weight rows read together
 constexpr int64_t kMaxRows = 16;        // input rows that share one pass over the weight
-constexpr int64_t kTile = 2048;         // output columns whose sums stay in the first-level cache (one input row)
+constexpr int64_t kTile = 6144;         // output columns at most, whose sums stay in the first-level cache (one input row)
 constexpr int64_t kMinBytes = 1 << 15;  // weight bytes below which another thread does not pay
-constexpr int64_t kAhead = 1 << 14;     // bytes between what is multiplied and what is prefetched
+constexpr int64_t kAhead = 1 << 15;     // bytes between what is multiplied and what is prefetched
 constexpr int64_t kColumn = 8;          // what a column costs beside its products, in products
 
 // A buffer of the calling thread that lives from call to call, for one use each.
@@ -176,12 +176,14 @@ bool masked_rows(const T* z, int64_t rows, int64_t d, const float* threshold, co
   if (products > limit * ld * d) return false;
   const int64_t most = total * static_cast<int64_t>(sizeof(T)) / kMinBytes;
   const int64_t tasks = std::clamp<int64_t>(most, 1, at::get_num_threads());
-  const int64_t tile = std::max(kStep, kTile / rows / kStep * kStep);
+  const int64_t widest = std::max(kStep, kTile / rows / kStep * kStep);
   at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
-    float* acc = buffer<float, 1>(tile * rows);
+    float* acc = buffer<float, 1>(widest * rows);
     for (int64_t m = 0, before = 0; m < masks; before += parts[m++].cost()) {
       const Part& part = parts[m];
       const int64_t from = boundary(part, before, total, first, tasks), to = boundary(part, before, total, last, tasks);
+      const int64_t tiles = std::max<int64_t>(1, at::divup(to - from, widest));  // of the same width
+      const int64_t tile = at::divup(at::divup(to - from, tiles), kStep) * kStep;
       for (int64_t begin = from; begin < to; begin += tile)
         masked_tile(part, rows, d, weight, ld, part.begin + begin, std::min(tile, to - begin), bias, out, acc);
     }
@@ -230,7 +232,7 @@ template <typename T>
 void dense_rows(const T* x, int64_t rows, int64_t d, const T* weight, int64_t d_out, const T* bias, T* out) {
   float* wide = buffer<float, 0>(rows * d);
   for (int64_t r = 0; r < rows; ++r) widen(x + r * d, d, wide + r * d);
-  const int64_t groups = (d_out + kGroup - 1) / kGroup;
+  const int64_t groups = at::divup(d_out, kGroup);
   at::parallel_for(0, groups, grain(groups, d * d_out * sizeof(T)), [&](int64_t first, int64_t last) {
     const T* w[kGroup];
     const T* next[kGroup];

@@ -73,7 +73,7 @@ struct Ahead {
   template <int64_t Bytes>
   void fetch(int64_t turn) const {
     for (int64_t i = turn * each; i < std::min((turn + 1) * each, rows); ++i)
-      for (int64_t b = 0; b < Bytes; b += kLine) __builtin_prefetch(line + i * ld + b, 0, 2);
+      for (int64_t b = 0; b < Bytes; b += kLine) prefetch(line + i * ld + b);
   }
 };
 
@@ -147,7 +147,7 @@ struct ByColumn {
     const int64_t first = depth * turn / turns, rows = depth * (turn + 1) / turns - first;
     const int64_t bytes = d_out * static_cast<int64_t>(sizeof(T));
     return {reinterpret_cast<const char*>(w + (from + first) * d_out + out), bytes, rows,
-            (rows * kFetch + steps - 1) / steps};
+            at::divup(rows * kFetch, steps)};
   }
 };
 
@@ -171,7 +171,7 @@ struct ByRow {
           square[c] = S::inputs(n < inputs ? some : row);
         }
         transpose(square);
-        const int64_t steps = std::min(kLane, (depth - k + S::kDepth - 1) / S::kDepth);
+        const int64_t steps = std::min(kLane, at::divup(depth - k, S::kDepth));
         for (int64_t s = 0; s < steps; ++s) (half ? panel[s].b : panel[s].a) = square[s];
       }
   }
@@ -191,9 +191,9 @@ struct Product {
   // Panels [first, last) of the outputs [begin, end): some inputs for all panels, then the next, so that x stays near.
   void panels(int64_t begin, int64_t end, int64_t first, int64_t last) const {
     constexpr int64_t deep = Step<T>::kDepth;
-    const int64_t blocks = (ld + kSteps - 1) / kSteps, tiles = (rows + kTall - 1) / kTall;
+    const int64_t blocks = at::divup(ld, kSteps), tiles = at::divup(rows, kTall);
     char* memory = buffer<char, 1>(kSteps * sizeof(Two) + kLine);
-    Two* panel = reinterpret_cast<Two*>((reinterpret_cast<uintptr_t>(memory) + kLine - 1) / kLine * kLine);
+    Two* panel = reinterpret_cast<Two*>(at::divup(reinterpret_cast<uintptr_t>(memory), kLine) * kLine);
     float* sums = buffer<float, 1>((last - first) * rows * kStep);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t from = ld * b / blocks, steps = ld * (b + 1) / blocks - from;
@@ -232,12 +232,12 @@ struct Product {
 template <typename T, typename Weight>
 void by_panels(const Product<T, Weight>* parts, at::IntArrayRef columns) {
   int64_t panels = 0;
-  for (int64_t each : columns) panels += (each + kStep - 1) / kStep;
+  for (int64_t each : columns) panels += at::divup(each, kStep);
   const int64_t most = std::max<int64_t>(1, kSums / (parts->rows * kStep));
   at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
     int64_t before = 0, begin = 0;
     for (size_t m = 0; m < columns.size(); begin += columns[m++]) {
-      const int64_t count = (columns[m] + kStep - 1) / kStep;
+      const int64_t count = at::divup(columns[m], kStep);
       const int64_t from = std::clamp<int64_t>(first - before, 0, count), to = std::clamp<int64_t>(last - before, 0, count);
       for (int64_t p = from; p < to; p += most) parts[m].panels(begin, begin + columns[m], p, std::min(p + most, to));
       before += count;
@@ -261,7 +261,7 @@ void as_operands(const T* z, int64_t rows, int64_t d, typename Step<T>::Operand*
 
 template <typename T>
 int64_t operands(int64_t d) {
-  return (d + Step<T>::kDepth - 1) / Step<T>::kDepth;
+  return at::divup(d, Step<T>::kDepth);
 }
 
 // As masked_rows, for many rows: z [rows, d], threshold [parts, d], weight_t [d, d_out] -> out [rows, d_out].
