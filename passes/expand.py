@@ -68,7 +68,7 @@ class Emitter:
     def __init__(self, graph: fx.Graph, origin: fx.Node) -> None:
         self._graph = graph
         self._meta = {k: v for k, v in origin.meta.items() if k != "example_value"}
-        values = (n.meta.get("example_value") for n in origin.all_input_nodes)
+        values = (n.meta.get("example_value") for n in (origin, *origin.all_input_nodes))
         self._mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))  # Dynamo's; AOTAutograd has its own
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:

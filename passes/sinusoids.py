@@ -7,11 +7,9 @@ embeddings of a small model's queries, four prompts of 512 tokens, took 10.3 µs
 """
 
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from rana_compile.passes.expand import Emitter
 from rana_compile.passes.match import is_written, memory_of, op_name, written_memory
+from rana_compile.passes.memory import can_be_kept, is_plain, kept
 from rana_compile.passes.pointwise import is_pointwise
 
 SINUSOIDS = {"sin", "cos"}
@@ -24,40 +22,25 @@ def share_sinusoids(gm: fx.GraphModule) -> int:
 
     Recompiles if there is one.
     """
-    made = [_last_of(node) for node in gm.graph.nodes if op_name(node) in SINUSOIDS and _is_plain(node)]
+    made = [_last_of(node) for node in gm.graph.nodes if op_name(node) in SINUSOIDS and is_plain(node)]
     shared = [node for node in dict.fromkeys(made) if _readers(node) >= MANY]
     written = written_memory(gm.graph) if shared else set()
-    found = [node for node in shared if not (is_written([node], written) or _has_unknown_strides(node))]
+    found = [node for node in shared if can_be_kept(node) and not is_written([node], written)]
     for node in found:
         readers = list(node.users)
         with gm.graph.inserting_after(node):
-            kept = Emitter(gm.graph, node)(in_memory, node)
+            memory = kept(node)
         for reader in readers:
-            reader.replace_input_with(node, kept)
+            reader.replace_input_with(node, memory)
     if found:
         gm.recompile()
     return len(found)
 
 
-def in_memory(x: Tensor) -> Tensor:
-    """x itself, as a view of memory, so that Inductor does not compute it for each reader."""
-    return x.as_strided(x.shape, x.stride(), x.storage_offset())
-
-
-def _has_unknown_strides(node: fx.Node) -> bool:
-    """Whether they follow from data: Inductor may then lay the value out otherwise, and a view of it would be wrong."""
-    return bool(free_unbacked_symbols(node.meta["example_value"].stride()))
-
-
-def _is_plain(node: fx.Node) -> bool:
-    """Whether it is a plain tensor."""
-    return isinstance(node.meta.get("example_value"), FakeTensor)
-
-
 def _last_of(node: fx.Node) -> fx.Node:
     """What is made of it alone, element by element or by repeating it, before several read it."""
     last = node
-    while len(node.users) == 1 and _tensors_of(user := next(iter(node.users))) == [node] and _is_plain(user):
+    while len(node.users) == 1 and _tensors_of(user := next(iter(node.users))) == [node] and is_plain(user):
         if memory_of(user) != memory_of(node):
             if not (is_pointwise(user) or op_name(user) in REPEATS):
                 break
@@ -76,4 +59,4 @@ def _readers(node: fx.Node) -> int:
 
 
 def _is_view(node: fx.Node, base: fx.Node) -> bool:
-    return _is_plain(node) and memory_of(node) == memory_of(base)
+    return is_plain(node) and memory_of(node) == memory_of(base)

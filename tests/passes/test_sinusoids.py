@@ -12,7 +12,8 @@ from torch._inductor.utils import run_and_get_code
 from rana_compile.backend import adapt_graph
 from rana_compile.config import BackendOptions
 from rana_compile.passes.match import memory_of
-from rana_compile.passes.sinusoids import in_memory, share_sinusoids
+from rana_compile.passes.memory import in_memory
+from rana_compile.passes.sinusoids import share_sinusoids
 from rana_compile.types import Site
 
 INPUTS = torch.randn(2, 4, 24, 16), torch.rand(2, 24)  # queries, positions

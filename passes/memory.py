@@ -1,0 +1,27 @@
+"""Values that Inductor computes once, into memory, where it would compute them anew for each kernel or reader."""
+
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from rana_compile.passes.expand import Emitter
+
+
+def kept(node: fx.Node) -> fx.Node:
+    """A new node, where the graph inserts: the value of ``node``, which ``can_be_kept``, in memory."""
+    return Emitter(node.graph, node)(in_memory, node)
+
+
+def in_memory(x: Tensor) -> Tensor:
+    """x itself, as a view of memory."""
+    return x.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def can_be_kept(node: fx.Node) -> bool:
+    """Whether it is a plain tensor whose strides do not follow from data: Inductor may lay others out otherwise."""
+    return is_plain(node) and not free_unbacked_symbols(node.meta["example_value"].stride())
+
+
+def is_plain(node: fx.Node) -> bool:
+    """Whether it is a plain tensor."""
+    return isinstance(node.meta.get("example_value"), FakeTensor)
