@@ -180,16 +180,15 @@ Tensor gated_up(const Tensor& x, const Tensor& threshold, const Tensor& gate_wei
   Tensor out;
   dispatch(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    out = by_chunks<T>(x, 2 * h, kMaxRows, [&](const T* in, int64_t rows, T* y) {
+    out = by_chunks<T>(x, 2 * h, kTogether, [&](const T* in, int64_t rows, T* y) {
       const T* shift = data<T>(bias);
-      for (int64_t r = 0; r < rows; ++r) {  // each row has a list of live outputs of its own
-        T* row = y + r * 2 * h;
-        masked_product<T>(in + r * d, 1, d, threshold.const_data_ptr<float>(), gate_weight_t.const_data_ptr<T>(), h, shift, row,
-                       by);
-        live_rows<T>(in + r * d, d, act, row, gate_threshold.const_data_ptr<float>(), by.of(0, 1),
-                     up_weight.const_data_ptr<T>(), h, shift ? shift + h : nullptr, row + h);
-        by = by.after(1);
-      }
+      T* gate = buffer<T, 2>(rows * h);
+      float* kept = buffer<float, 4>(rows * h);
+      masked_product<T>(in, rows, d, threshold.const_data_ptr<float>(), gate_weight_t.const_data_ptr<T>(), h, shift, gate, by);
+      survivors<T>(act, gate, rows, h, gate_threshold.const_data_ptr<float>(), by, kept);
+      for (int64_t r = 0; r < rows; ++r) std::copy(gate + r * h, gate + (r + 1) * h, y + r * 2 * h);
+      live_product<T>(in, rows, d, kept, up_weight.const_data_ptr<T>(), h, shift ? shift + h : nullptr, y + h, 2 * h);
+      by = by.after(rows);
     });
   });
   return out;

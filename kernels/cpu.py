@@ -90,6 +90,11 @@ def masked_is_faster(
     return faster and (before is None or linear_is_faster(rows, before, d, dtype))
 
 
+def gated_is_faster(rows: int | None, d: int, h: int, density: float, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether both products beat the library's: the gate's masked one, and the other with every output live."""
+    return masked_is_faster(rows, d, h, density, dtype, device, False) and linear_is_faster(rows, d, h, dtype)
+
+
 def stack_form(*_: Any) -> str:
     """How the parts of a stack are computed fastest: multiply-adds cost here, and starting a kernel does not."""
     return "apart"

@@ -3,7 +3,7 @@
 //   z, thresholds ─▶ masked x and the list of live rows, part by part ─▶ tasks of equal cost ─▶ float32 sums ─▶ bias ─▶ y
 //
 // The masked product walks the live rows of weight_t [d, d_out] eight at a time, so that eight streams are in flight, and
-// prefetches some kilobytes ahead of them; each task owns a range of output columns, so no atomics, and every output is
+// prefetches eight or more ahead of them; each task owns a range of output columns, so no atomics, and every output is
 // summed in the same order whatever the number of threads.
 #pragma once
 #include <ATen/Parallel.h>
@@ -269,22 +269,39 @@ void gate(Activation a, const T* y, int64_t rows, int64_t h, T* hidden) {
   });
 }
 
-// out[j] = weight[j] . x where the activated gate, times `by`, survives, else 0; x [d], weight [h, d].
+// kept[r][j] = 1 where the activated gate [rows, h], times the scale of mask 1, survives, else 0; NaN is kept.
 template <typename T>
-void live_rows(const T* x, int64_t d, Activation a, const T* gate, const float* threshold, float by, const T* weight,
-               int64_t h, const T* bias, T* out) {
-  float* wide = buffer<float, 0>(d + h);
-  float* gates = wide + d;
-  widen(x, d, wide);
+void survivors(Activation a, const T* gate, int64_t rows, int64_t h, const float* threshold, Scale scale, float* kept) {
   activated(a, [&](auto act) {
-    by_lane(h, [&](int64_t c, int64_t n) { store(gates + c, as<T>(activate<act.value>(load(gate + c, n))), n); });
+    at::parallel_for(0, rows, grain(rows, rows * h * sizeof(T)), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        const float by = scale.of(r, 1);
+        by_lane(h, [&](int64_t j, int64_t n) {
+          const Floats g = as<T>(activate<act.value>(load(gate + r * h + j, n)));
+          store(kept + r * h + j, absolute(g) * by < load(threshold + j, n) ? Floats{} : Floats{} + 1.0f, n);
+        });
+      }
+    });
   });
+}
+
+// out[r][j] = weight[j] . x[r] where kept, else 0; x [rows, d], weight [h, d], out's rows ld apart. A weight row that any
+// input row keeps is read once.
+template <typename T>
+void live_rows(const T* x, int64_t rows, int64_t d, const float* kept, const T* weight, int64_t h, const T* bias, T* out,
+               int64_t ld) {
+  float* wide = buffer<float, 0>(rows * d);
+  for (int64_t r = 0; r < rows; ++r) {
+    widen(x + r * d, d, wide + r * d);
+    std::fill(out + r * ld, out + r * ld + h, static_cast<T>(0.0f));
+  }
   int64_t* live = buffer<int64_t, 0>(h);
   int64_t count = 0;
   for (int64_t j = 0; j < h; ++j) {
-    out[j] = static_cast<T>(0.0f);
+    bool any = false;
+    for (int64_t r = 0; r < rows; ++r) any |= kept[r * h + j] != 0.0f;
     live[count] = j;
-    count += !(std::fabs(gates[j]) * by < threshold[j]);
+    count += any;
   }
   at::parallel_for(0, count, grain(count, count * d * sizeof(T)), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i += kLiveGroup) {
@@ -296,8 +313,13 @@ void live_rows(const T* x, int64_t d, Activation a, const T* gate, const float* 
         w[k] = weight + live[std::min(i + k, last - 1)] * d;
         next[k] = weight + live[std::min(i + k + kLiveGroup, last - 1)] * d;
       }
-      dot<kLiveGroup>(wide, w, next, d, result);
-      for (int64_t k = 0; k < n; ++k) out[live[i + k]] = with_bias(result[k], bias, live[i + k]);
+      for (int64_t r = 0; r < rows; ++r) {
+        dot<kLiveGroup>(wide + r * d, w, r == 0 ? next : nullptr, d, result);
+        for (int64_t k = 0; k < n; ++k) {
+          const int64_t j = live[i + k];
+          if (kept[r * h + j] != 0.0f) out[r * ld + j] = with_bias(result[k], bias, j);
+        }
+      }
     }
   });
 }

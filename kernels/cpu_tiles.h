@@ -193,7 +193,7 @@ struct Product {
     constexpr int64_t deep = Step<T>::kDepth;
     const int64_t blocks = at::divup(ld, kSteps), tiles = at::divup(rows, kTall);
     char* memory = buffer<char, 1>(kSteps * sizeof(Two) + kLine);
-    Two* panel = reinterpret_cast<Two*>(at::divup(reinterpret_cast<uintptr_t>(memory), kLine) * kLine);
+    Two* panel = reinterpret_cast<Two*>((reinterpret_cast<uintptr_t>(memory) + kLine - 1) / kLine * kLine);
     float* sums = buffer<float, 1>((last - first) * rows * kStep);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t from = ld * b / blocks, steps = ld * (b + 1) / blocks - from;
@@ -304,6 +304,19 @@ void masked_product(const T* z, int64_t rows, int64_t d, const float* threshold,
 template <typename T>
 void dense_product(const T* x, int64_t rows, int64_t d, const T* weight, int64_t d_out, const T* bias, T* out) {
   (rows > kDenseRows<T> && d > 0 ? dense_tiles<T> : dense_rows<T>)(x, rows, d, weight, d_out, bias, out);
+}
+
+// As live_rows; for many rows, hardly a weight row of which none keeps, dense.
+template <typename T>
+void live_product(const T* x, int64_t rows, int64_t d, const float* kept, const T* weight, int64_t h, const T* bias, T* out,
+                  int64_t ld) {
+  if (rows <= kDenseRows<T> || d == 0) return live_rows(x, rows, d, kept, weight, h, bias, out, ld);
+  T* up = buffer<T, 3>(rows * h);
+  dense_tiles(x, rows, d, weight, h, bias, up);
+  at::parallel_for(0, rows, grain(rows, rows * h * sizeof(T)), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r)
+      for (int64_t j = 0; j < h; ++j) out[r * ld + j] = kept[r * h + j] != 0.0f ? up[r * h + j] : static_cast<T>(0.0f);
+  });
 }
 
 }  // namespace

@@ -242,6 +242,11 @@ def masked_is_faster(
     return found.masked(density) < found.dense
 
 
+def gated_is_faster(rows: int | None, *_: Any) -> bool:
+    """Whether there is one row: live outputs that only one token agrees on."""
+    return rows == 1
+
+
 def stack_form(rows: int, d: int, d_outs: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
     """How the parts of a stack are computed fastest."""
     with torch.cuda.device(device):

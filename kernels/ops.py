@@ -124,9 +124,22 @@ def masked_is_faster(
     if dtype not in DTYPES or not is_supported(device.type) or rows == 0:
         return False
     load(device.type)
-    union = 1.0 if rows is None else 1 - (1 - min(density, 1.0)) ** rows
     module = import_module(_LOADERS[device.type])
-    return bool(module.masked_is_faster(rows, d, d_out, union, dtype, device, gated, before))
+    return bool(module.masked_is_faster(rows, d, d_out, _union(rows, density), dtype, device, gated, before))
+
+
+def gated_is_faster(rows: int | None, d: int, h: int, density: float, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether ``gated_up`` of x [rows, d], of which the gate keeps ``density``, beats the library's two products."""
+    if dtype not in DTYPES or not is_supported(device.type) or rows == 0:
+        return False
+    load(device.type)
+    module = import_module(_LOADERS[device.type])
+    return bool(module.gated_is_faster(rows, d, h, _union(rows, density), dtype, device))
+
+
+def _union(rows: int | None, density: float) -> float:
+    """The share that some row keeps where each keeps ``density``."""
+    return 1.0 if rows is None else 1 - (1 - min(density, 1.0)) ** rows
 
 
 def stack_form(rows: int | None, d: int, d_outs: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:

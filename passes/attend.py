@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.nn.attention import SDPBackend
 
 from rana_compile.kernels.ops import DTYPES, MOST_DECODED
@@ -36,7 +36,7 @@ def lower_single_queries(gm: fx.GraphModule) -> int:
     found = [node for node in gm.graph.nodes if node.op == "call_function" and node.target is SDPA and _is_single(node)]
     for node in found:
         given = arguments(node)
-        if can_be_kept(given["query"]):  # else what made it, such as a rotation, is computed again for each key
+        if can_be_kept(given["query"]):  # so that what makes it, such as a rotation, is not computed for each key
             with gm.graph.inserting_before(node):
                 given["query"] = kept(given["query"])
         node.target, node.args, node.kwargs = single_query_attention, (), given
@@ -60,7 +60,9 @@ def _is_single(node: fx.Node) -> bool:
     named = arguments(node)
     if named.get("dropout_p") or named.get("is_causal") or dtype_of(node) not in DTYPES:
         return False
-    query = named["query"].meta["example_value"]
+    query, key = (named[name].meta["example_value"] for name in ("query", "key"))
+    if statically_known_true(key.shape[-2] == 0) or free_unbacked_symbols(key.shape[-2:]):  # no keys, or maybe none
+        return False
     return query.device.type == "cpu" and query.dim() >= 3 and isinstance(query.shape[-2], int) and query.shape[-2] == 1
 
 
@@ -92,7 +94,7 @@ def single_query_attention(
     most = scores.amax(-1, keepdim=True)
     weights = (scores - torch.where(most == -torch.inf, 0.0, most)).exp()  # zeros where a mask leaves nothing
     total = weights.sum(-1, keepdim=True)
-    sums = (weights[..., None] * value.float()).sum(-2)  # [..., heads, e]: divided at last, as they are fewer
+    sums = (weights[..., None] * value.float()).sum(-2)  # [..., heads, e]
     return (sums / torch.where(total == 0, 1.0, total)).to(query.dtype).unsqueeze(-2)
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from rana_compile.passes.expand import Emitter
 
@@ -18,8 +18,17 @@ def in_memory(x: Tensor) -> Tensor:
 
 
 def can_be_kept(node: fx.Node) -> bool:
-    """Whether it is a plain tensor whose strides do not follow from data: Inductor may lay others out otherwise."""
-    return is_plain(node) and not free_unbacked_symbols(node.meta["example_value"].stride())
+    """Whether it is a plain tensor that fills memory of its own, in an order that does not follow from data.
+
+    Inductor may lay others out otherwise, without gaps or what is before them, and reads the view where PyTorch has it.
+    """
+    if not is_plain(node):
+        return False
+    x = node.meta["example_value"]
+    if free_unbacked_symbols((*x.shape, *x.stride(), x.storage_offset())):
+        return False
+    whole = x.storage_offset() == 0, x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return all(map(statically_known_true, whole)) and not any(statically_known_true(n == 0) for n in x.stride())
 
 
 def is_plain(node: fx.Node) -> bool:

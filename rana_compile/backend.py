@@ -187,11 +187,13 @@ def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -
     rows, device, dtype = match.rows, weights[0].device, weights[0].dtype
     if rows == 0 or _is_mixed(match, weights) or dtype not in ops.DTYPES or not ops.is_supported(device.type):
         return False
-    if entry is None or "threshold" not in entry.tensors or entry.family == "gated":
+    if entry is None or "threshold" not in entry.tensors:
         if entry is None or entry.family != "dense":
-            return rows == 1  # live outputs that only one token agrees on
+            return rows == 1
         return all(ops.linear_is_faster(rows, lin.d_in, lin.d_out, dtype, device) for lin in match.linears)
     site, basis = entry.site, entry.tensors.get("output_basis")
+    if entry.family == "gated":
+        return ops.gated_is_faster(rows, site.d_in, site.d_outs[0], entry.live[0] / site.d_in, dtype, device)
     d, density = (site.d_in, entry.flops_kept) if basis is None else (basis.shape[1], entry.live[0] / basis.shape[1])
     gated = site.kind == "gate_up" and basis is None
     before = None if basis is None else site.d_in

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import OLD_DYNAMO, plan_of, tiny_llama, tokens
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 
 import rana_compile
 from rana_compile import Plan
@@ -162,6 +164,37 @@ def test_kernels_take_a_number_of_rows_that_varies(monkeypatch: pytest.MonkeyPat
             x = torch.randn(rows, 48)
             torch.testing.assert_close(fast(x), linear(x * (x.abs() >= 0.5)), rtol=1e-4, atol=1e-5)
     assert asked == [None]
+
+
+class GateUp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(48, 40, bias=False), nn.Linear(48, 40, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.gate(x)) * self.up(x)
+
+
+@pytest.mark.parametrize(("rows", "dynamic"), [(3, False), (40, True)])
+def test_kernels_take_several_rows_of_a_gated_site(rows: int, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def faster(*of: object) -> bool:
+        asked.append(of[:3])
+        return True
+
+    monkeypatch.setattr(ops, "gated_is_faster", faster)
+    module = GateUp()
+    site = Site("gate", "gate_up", ("gate.weight", "up.weight"), 48, (40, 40), activation="silu")
+    level = {"threshold": torch.full((1, 48), 0.5), "gate_threshold": torch.full((40,), 0.1)}
+    plan = plan_of(module, (site, "gated", level | {"probe": torch.zeros(0, 49)}))
+    x = torch.randn(rows, 48)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as seen:
+        y = torch.compile(module, backend="rana", dynamic=dynamic, options={"plan": plan})(x)
+        gate = F.silu(module.gate(x * (x.abs() >= 0.5)))
+        torch.testing.assert_close(y, gate * module.up(x) * (gate.abs() >= 0.1), rtol=1e-4, atol=1e-5)
+    assert asked == [(None if dynamic else rows, 48, 40)]
+    assert "rana::gated_up" in {event.key for event in seen.key_averages()}
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

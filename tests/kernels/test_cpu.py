@@ -225,6 +225,9 @@ def test_a_dense_product_before_the_mask_has_to_be_faster_too(tmp_path: Path, mo
     assert calls == [("masked_linear", 4, 512, 500)]
     assert not cpu.masked_is_faster(*arguments, before=640)
     assert calls[1:] == [("linear", 4, 640, 512)]
+    assert not ops.gated_is_faster(4, 640, 512, 0.5, torch.float32, torch.device("cpu"))
+    assert calls[2:] == [("masked_linear", 4, 640, 512)]
+    assert not ops.gated_is_faster(0, 640, 512, 0.5, torch.float32, torch.device("cpu"))
     cpu._measured.cache_clear()
 
 

@@ -6,9 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import Attend, graph_and_inputs, graph_of, plan_of, tiny_llama, tokens
-from torch import Tensor, fx, nn
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.utils import run_and_get_code
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import rana_compile
@@ -17,7 +15,6 @@ from rana_compile.backend import adapt_graph
 from rana_compile.config import BackendOptions
 from rana_compile.passes import attend
 from rana_compile.passes.attend import arguments, lower_single_queries, share_repeated_heads, single_query_attention
-from rana_compile.passes.memory import in_memory
 from rana_compile.types import Site
 
 
@@ -56,42 +53,9 @@ def test_a_graph_of_one_query_no_longer_calls_it() -> None:
     torch.testing.assert_close(gm(*given)[0], Attend()(*given))
 
 
-class Sine(nn.Module):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q.transpose(1, 2).sin().transpose(1, 2), k, v)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_what_makes_a_query_is_not_computed_for_each_key(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = inputs(torch.float32, 6)
-
-    def compiler(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        assert lower_single_queries(gm) == 1
-        return compile_fx(gm, example_inputs, config_patches={"fx_graph_cache": False})
-
-    def is_inside_of_the_sums() -> bool:
-        torch._dynamo.reset()
-        with torch.no_grad():
-            result, codes = run_and_get_code(torch.compile(Sine(), backend=compiler, dynamic=dynamic), *given)
-        torch.testing.assert_close(result, Sine()(*given))
-        return codes[0].index("tmp_acc") < codes[0].index("sin()")
-
-    assert not is_inside_of_the_sums()
-    monkeypatch.setattr(attend, "can_be_kept", lambda _: False)
-    assert is_inside_of_the_sums()
-
-
-def test_a_query_that_is_mapped_over_stays_where_it_is() -> None:
-    given, found = inputs(torch.float32, 6), []
-
-    def compiler(gm: fx.GraphModule, _: list[Any]) -> Any:
-        found.append(lower_single_queries(gm))
-        assert in_memory not in {node.target for node in gm.graph.nodes}
-        return gm.forward
-
-    mapped = torch.compile(torch.vmap(Sine()), backend=compiler)
-    torch.testing.assert_close(mapped(*(t[None] for t in given))[0], Sine()(*given))
-    assert found == [1]
+def test_no_keys_are_left_to_pytorch() -> None:
+    q, k, v = inputs(torch.float32, 6)
+    assert lower_single_queries(graph_of(Attend(), q, k[:, :, :0], v[:, :, :0])) == 0
 
 
 @pytest.mark.parametrize("given", [{"dropout_p": 0.5}, {"is_causal": True}, {}])

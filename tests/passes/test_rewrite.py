@@ -155,9 +155,9 @@ def test_golden_graphs(block: Block, decode: bool, after: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("decode", [False, True])
-def test_rewritten_graph_computes_the_formula(block: Block, family: str, decode: bool) -> None:
+@pytest.mark.parametrize(("decode", "rows"), [(False, 5), (True, 1), (True, 5)])
+def test_rewritten_graph_computes_the_formula(block: Block, family: str, decode: bool, rows: int) -> None:
     ops.load("cpu")
-    x = torch.randn(1 if decode else 5, 8)
+    x = torch.randn(rows, 8)
     _, _, y = lowered(block, x, family, decode)
     torch.testing.assert_close(y.double(), exact(block, x, family), rtol=1e-4, atol=1e-5)
