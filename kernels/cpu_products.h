@@ -285,23 +285,29 @@ void survivors(Activation a, const T* gate, int64_t rows, int64_t h, const float
   });
 }
 
-// out[r][j] = weight[j] . x[r] where kept, else 0; x [rows, d], weight [h, d], out's rows ld apart. A weight row that any
-// input row keeps is read once.
+// kept [rows, h] -> which of the h any row keeps; returns how many.
+inline int64_t together(const float* kept, int64_t rows, int64_t h, int64_t* live) {
+  float* any = buffer<float, 5>(h);
+  std::copy(kept, kept + h, any);
+  for (int64_t r = 1; r < rows; ++r)
+    by_lane(h, [&](int64_t j, int64_t n) { store(any + j, load(any + j, n) + load(kept + r * h + j, n), n); });
+  int64_t count = 0;
+  for (int64_t j = 0; j < h; ++j) {
+    live[count] = j;
+    count += any[j] != 0.0f;
+  }
+  return count;
+}
+
+// out[r][j] = weight[j] . x[r] where kept, else 0; x [rows, d], weight [h, d], out's rows ld apart. The weight rows `live`
+// are read once, and multiplied by every row of x.
 template <typename T>
-void live_rows(const T* x, int64_t rows, int64_t d, const float* kept, const T* weight, int64_t h, const T* bias, T* out,
-               int64_t ld) {
+void live_rows(const T* x, int64_t rows, int64_t d, const float* kept, const int64_t* live, int64_t count, const T* weight,
+               int64_t h, const T* bias, T* out, int64_t ld) {
   float* wide = buffer<float, 0>(rows * d);
   for (int64_t r = 0; r < rows; ++r) {
     widen(x + r * d, d, wide + r * d);
     std::fill(out + r * ld, out + r * ld + h, static_cast<T>(0.0f));
-  }
-  int64_t* live = buffer<int64_t, 0>(h);
-  int64_t count = 0;
-  for (int64_t j = 0; j < h; ++j) {
-    bool any = false;
-    for (int64_t r = 0; r < rows; ++r) any |= kept[r * h + j] != 0.0f;
-    live[count] = j;
-    count += any;
   }
   at::parallel_for(0, count, grain(count, count * d * sizeof(T)), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i += kLiveGroup) {

@@ -19,6 +19,7 @@ constexpr int64_t kSteps = 384;     // of a panel, 48 kB: all inputs of a small 
 constexpr int64_t kSums = 1 << 16;  // sums of a task that stay in the second-level cache
 constexpr int64_t kFetch = 8;       // steps between fetches of the next panel's lines
 constexpr int64_t kLine = 64;       // bytes
+constexpr double kNearlyAll = 0.85; // of the weight rows: picking them costs as much as the others do
 #ifdef __AVX512F__
 constexpr int64_t kTall = 12;  // rows of a tile: 24 vectors of sums, of the 32 that there are
 #else
@@ -306,13 +307,17 @@ void dense_product(const T* x, int64_t rows, int64_t d, const T* weight, int64_t
   (rows > kDenseRows<T> && d > 0 ? dense_tiles<T> : dense_rows<T>)(x, rows, d, weight, d_out, bias, out);
 }
 
-// As live_rows; for many rows, hardly a weight row of which none keeps, dense.
+// As live_rows; where the rows together keep nearly all, dense.
 template <typename T>
 void live_product(const T* x, int64_t rows, int64_t d, const float* kept, const T* weight, int64_t h, const T* bias, T* out,
                   int64_t ld) {
-  if (rows <= kDenseRows<T> || d == 0) return live_rows(x, rows, d, kept, weight, h, bias, out, ld);
+  if (rows == 0) return;
+  int64_t* live = buffer<int64_t, 0>(h);
+  const int64_t count = together(kept, rows, h, live);
+  if (rows == 1 || (rows <= kDenseRows<T> && count < kNearlyAll * h))
+    return live_rows(x, rows, d, kept, live, count, weight, h, bias, out, ld);
   T* up = buffer<T, 3>(rows * h);
-  dense_tiles(x, rows, d, weight, h, bias, up);
+  dense_product(x, rows, d, weight, h, bias, up);
   at::parallel_for(0, rows, grain(rows, rows * h * sizeof(T)), [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r)
       for (int64_t j = 0; j < h; ++j) out[r * ld + j] = kept[r * h + j] != 0.0f ? up[r * h + j] : static_cast<T>(0.0f);

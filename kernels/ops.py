@@ -129,7 +129,10 @@ def masked_is_faster(
 
 
 def gated_is_faster(rows: int | None, d: int, h: int, density: float, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether ``gated_up`` of x [rows, d], of which the gate keeps ``density``, beats the library's two products."""
+    """Whether ``gated_up`` of x [rows, d], of which the gate keeps ``density``, beats the library's two products.
+
+    ``rows`` and measurements as above.
+    """
     if dtype not in DTYPES or not is_supported(device.type) or rows == 0:
         return False
     load(device.type)

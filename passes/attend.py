@@ -24,8 +24,9 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statica
 from torch.nn.attention import SDPBackend
 
 from rana_compile.kernels.ops import DTYPES, MOST_DECODED
-from rana_compile.passes.match import writes_to
+from rana_compile.passes.match import memory_of, op_name, writes_to
 from rana_compile.passes.memory import can_be_kept, kept
+from rana_compile.passes.pointwise import is_pointwise
 
 GROUPING = {"cuda"}  # devices that are looked at
 GROUPED = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)  # kernels that take fewer keys than queries
@@ -36,9 +37,10 @@ def lower_single_queries(gm: fx.GraphModule) -> int:
     found = [node for node in gm.graph.nodes if node.op == "call_function" and node.target is SDPA and _is_single(node)]
     for node in found:
         given = arguments(node)
-        if can_be_kept(given["query"]):  # so that what makes it, such as a rotation, is not computed for each key
+        query = given["query"]
+        if _is_computed(query) and can_be_kept(query):  # so that a rotation, say, is not computed again for each key
             with gm.graph.inserting_before(node):
-                given["query"] = kept(given["query"])
+                given["query"] = kept(query)
         node.target, node.args, node.kwargs = single_query_attention, (), given
     if found:
         gm.recompile()
@@ -72,6 +74,16 @@ def dtype_of(node: fx.Node) -> torch.dtype | None:
     first, *others = (n.meta["example_value"] for n in of)
     same = {t.dtype for t in others} == {first.dtype}  # autocast inside the graph changes the last
     return first.dtype if same and not torch.is_autocast_enabled(first.device.type) else None
+
+
+def _is_computed(node: fx.Node) -> bool:
+    """Whether it is, but for views, computed element by element: Inductor has other values in memory anyway."""
+    while (memory := memory_of(node)) is not None:
+        base = next((n for n in node.all_input_nodes if memory_of(n) == memory), None)
+        if base is None:
+            break
+        node = base
+    return is_pointwise(node) or op_name(node) == "cat"
 
 
 def single_query_attention(

@@ -2,7 +2,7 @@
 
     linear(x, Wq), linear(x, Wk), linear(x, Wv)   →  out = adapter(x, …); getitem(out, 0), (out, 1), (out, 2)
 
-A site is lowered to its masked kernels where the row count is fixed and they were measured faster, else to the masked
+A site is lowered to its masked kernels where they were measured faster for its number of rows, else to the masked
 dense form in plain torch, which Inductor fuses and autograd differentiates. Fitted tensors become buffers, which are
 lifted inputs: the code depends on shapes alone, so a cached artefact is never stale.
 """

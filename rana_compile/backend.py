@@ -191,17 +191,20 @@ def is_decode(match: Match, weights: Sequence[Tensor], entry: SitePlan | None) -
         if entry is None or entry.family != "dense":
             return rows == 1
         return all(ops.linear_is_faster(rows, lin.d_in, lin.d_out, dtype, device) for lin in match.linears)
+    if not (faster := _is_faster(entry, rows, dtype, device)):
+        told = "%s: for %s rows the dense product is faster than the masked kernel here"
+        log.debug(told, entry.site.name, rows or "any number of")
+    return faster
+
+
+def _is_faster(entry: SitePlan, rows: int | None, dtype: torch.dtype, device: torch.device) -> bool:
     site, basis = entry.site, entry.tensors.get("output_basis")
     if entry.family == "gated":
         return ops.gated_is_faster(rows, site.d_in, site.d_outs[0], entry.live[0] / site.d_in, dtype, device)
     d, density = (site.d_in, entry.flops_kept) if basis is None else (basis.shape[1], entry.live[0] / basis.shape[1])
     gated = site.kind == "gate_up" and basis is None
     before = None if basis is None else site.d_in
-    faster = ops.masked_is_faster(rows, d, site.d_out, density, dtype, device, gated, before)
-    if not faster:
-        told = "%s: for %s rows the dense product is faster than the masked kernel here"
-        log.debug(told, site.name, rows or "any number of")
-    return faster
+    return ops.masked_is_faster(rows, d, site.d_out, density, dtype, device, gated, before)
 
 
 def _is_mixed(match: Match, weights: Sequence[Tensor]) -> bool:

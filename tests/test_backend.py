@@ -1,6 +1,7 @@
 """The backend as a user meets it: by name, with a plan, in generation, in evaluation and in training."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -180,7 +181,7 @@ def test_kernels_take_several_rows_of_a_gated_site(rows: int, dynamic: bool, mon
     asked = []
 
     def faster(*of: object) -> bool:
-        asked.append(of[:3])
+        asked.append(of[:4])
         return True
 
     monkeypatch.setattr(ops, "gated_is_faster", faster)
@@ -188,12 +189,13 @@ def test_kernels_take_several_rows_of_a_gated_site(rows: int, dynamic: bool, mon
     site = Site("gate", "gate_up", ("gate.weight", "up.weight"), 48, (40, 40), activation="silu")
     level = {"threshold": torch.full((1, 48), 0.5), "gate_threshold": torch.full((40,), 0.1)}
     plan = plan_of(module, (site, "gated", level | {"probe": torch.zeros(0, 49)}))
+    plan = replace(plan, sites=(replace(plan.sites[0], live=(12.0, 20.0)),))  # inputs, outputs
     x = torch.randn(rows, 48)
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as seen:
         y = torch.compile(module, backend="rana", dynamic=dynamic, options={"plan": plan})(x)
         gate = F.silu(module.gate(x * (x.abs() >= 0.5)))
         torch.testing.assert_close(y, gate * module.up(x) * (gate.abs() >= 0.1), rtol=1e-4, atol=1e-5)
-    assert asked == [(None if dynamic else rows, 48, 40)]
+    assert asked == [(None if dynamic else rows, 48, 40, 12 / 48)]
     assert "rana::gated_up" in {event.key for event in seen.key_averages()}
 
 

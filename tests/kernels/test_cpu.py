@@ -225,9 +225,18 @@ def test_a_dense_product_before_the_mask_has_to_be_faster_too(tmp_path: Path, mo
     assert calls == [("masked_linear", 4, 512, 500)]
     assert not cpu.masked_is_faster(*arguments, before=640)
     assert calls[1:] == [("linear", 4, 640, 512)]
-    assert not ops.gated_is_faster(4, 640, 512, 0.5, torch.float32, torch.device("cpu"))
-    assert calls[2:] == [("masked_linear", 4, 640, 512)]
-    assert not ops.gated_is_faster(0, 640, 512, 0.5, torch.float32, torch.device("cpu"))
+    cpu._measured.cache_clear()
+
+
+def test_both_products_of_a_gate_have_to_be_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANA_COMPILE_CACHE", str(tmp_path))
+    times = {"masked_linear": Measured((), 60.0, 110.0, 100.0), "linear": Measured((), 90.0, 90.0, 100.0)}
+    monkeypatch.setattr(cpu, "_measure", lambda op, *_: times[op])
+    cpu._measured.cache_clear()
+    given = (640, 512, 0.5, torch.float32, torch.device("cpu"))
+    assert [ops.gated_is_faster(rows, *given) for rows in (0, 1, 2, 9, None)] == [False, True, True, False, False]
+    times["linear"] = Measured((), 110.0, 110.0, 100.0)
+    assert not ops.gated_is_faster(3, *given)
     cpu._measured.cache_clear()
 
 

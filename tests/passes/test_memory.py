@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support import graph_of
 from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
@@ -101,3 +102,20 @@ def test_a_query_that_is_mapped_over_stays_where_it_is() -> None:
     mapped = torch.compile(torch.vmap(Sine()), backend=compiler)
     torch.testing.assert_close(mapped(*(t[None] for t in given))[0], Sine()(*given))
     assert found == [1]
+
+
+def test_a_part_of_what_a_product_made_stays_where_it_is() -> None:
+    """It is in memory anyway, and of an adapter's outputs the graph does not know how."""
+
+    class Projected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = nn.Linear(96, 96)
+
+        def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q = self.project(x.reshape(2, 1, 96)).view(2, 1, 6, 16).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, k, v)
+
+    gm = graph_of(Projected(), *inputs())
+    assert lower_single_queries(gm) == 1
+    assert in_memory not in {node.target for node in gm.graph.nodes}
