@@ -5,7 +5,7 @@
 
 A result is checked against the plain form before its speed is printed. Op and baseline are timed in turns, on weights
 that take turns too, so that no cache holds one; on CUDA inside CUDA graphs. Bytes are those of the weights needed, "of
-reads" is the share of what a plain streaming read reaches, which takes turns with them.
+reads" is the share of what a plain streaming read reaches, which takes turns with them. Ratios are medians over turns.
 """
 
 import argparse
@@ -228,8 +228,10 @@ def measure(case: Case, device: torch.device, dtype: torch.dtype, source: Tensor
     """``source`` is read in turns with the op, since a shared machine's memory is not always as fast."""
     check(case, dtype)
     calls = max(case.copies, 8)
-    seconds, dense, read = timed([case.run, case.dense, reader(source, calls)], calls, device, rounds)
-    bandwidth = source.numel() * source.element_size() / calls / read
+    times = timed([case.run, case.dense, reader(source, calls)], calls, device, rounds)
+    turns = list(zip(*times, strict=True))
+    seconds, dense, _ = map(statistics.median, times)
+    per_call = source.numel() * source.element_size() / calls  # bytes
     return Row(
         case.op,
         case.shape,
@@ -238,10 +240,10 @@ def measure(case: Case, device: torch.device, dtype: torch.dtype, source: Tensor
         case.bytes_needed / 1e6,
         seconds * 1e6,
         case.bytes_needed / seconds / 1e9,
-        case.bytes_needed / seconds / bandwidth,
+        statistics.median(case.bytes_needed / per_call * read / own for own, _, read in turns),
         dense * 1e6,
-        case.dense_bytes / dense / bandwidth,
-        dense / seconds,
+        statistics.median(case.dense_bytes / per_call * read / other for _, other, read in turns),
+        statistics.median(other / own for own, other, _ in turns),
     )
 
 
@@ -258,14 +260,14 @@ def check(case: Case, dtype: torch.dtype) -> None:
         sys.exit(f"{case.op} {case.shape} at density {case.density}: relative error {error:.2g}, no speed to report")
 
 
-def timed(calls: list[Call], count: int, device: torch.device, rounds: int) -> list[float]:
-    """Median seconds of a call of each, in turns; ``count`` calls at a time."""
+def timed(calls: list[Call], count: int, device: torch.device, rounds: int) -> list[list[float]]:
+    """Seconds of a call of each, in turns, by round; ``count`` calls at a time."""
     runs = [graph_of(call, count) if device.type == "cuda" else loop_of(call, count) for call in calls]
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds + 1):
         for run, into in zip(runs, times, strict=True):
             into.append(run() / count)
-    return [statistics.median(values[1:]) for values in times]  # the first warmed up
+    return [values[1:] for values in times]  # the first warmed up
 
 
 def loop_of(call: Call, count: int) -> Callable[[], float]:
