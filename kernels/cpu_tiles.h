@@ -19,7 +19,7 @@ constexpr int64_t kSteps = 384;     // of a panel, 48 kB: all inputs of a small 
 constexpr int64_t kSums = 1 << 16;  // sums of a task that stay in the second-level cache
 constexpr int64_t kFetch = 8;       // steps between fetches of the next panel's lines
 constexpr int64_t kLine = 64;       // bytes
-constexpr double kNearlyAll = 0.85; // of the weight rows: picking them costs as much as the others do
+constexpr double kNearlyAll = 0.85;  // of the weight rows: picking them costs more than leaving out the others saves
 #ifdef __AVX512F__
 constexpr int64_t kTall = 12;  // rows of a tile: 24 vectors of sums, of the 32 that there are
 #else
